@@ -1,0 +1,1 @@
+"""midstream on many machines."""

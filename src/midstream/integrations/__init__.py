@@ -1,0 +1,1 @@
+"""midstream inside the trainers: a module for each, which imports that trainer when it is used."""
