@@ -1,0 +1,1 @@
+"""Tools, and the search that ships with them."""
