@@ -135,11 +135,11 @@ def test_what_vllm_samples_beyond_a_block_is_no_part_of_the_row(llm, async_llm, 
     prompts = [prompt_text(problem.question) for problem in load_held_out()[::60]]
     found = []
     poll = LoopLink.poll
-
     looked: list[bool] = []
 
     def poll_late(link: Any) -> Any:
         until = time.monotonic() + 600
+        link._settle()  # what was submitted has begun in the loop
         while link._tasks and not looked:  # the first requests go on as far as they may before anybody looks
             assert time.monotonic() < until
             time.sleep(0.005)
