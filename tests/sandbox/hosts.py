@@ -78,7 +78,9 @@ def run_tests(
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": SOURCE, "PYTHONDONTWRITEBYTECODE": "1"}
+    """This process's own, less the options of the tests that it may be running."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    return {**variables, "PYTHONPATH": SOURCE, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def as_ordinary_user() -> list[str] | None:
