@@ -53,6 +53,10 @@ def upstream_failure(detail: str) -> Refused:
     return Refused(502, f"the server behind this one failed: {detail}", code="upstream_failure")
 
 
+def out_of_time(detail: str) -> Refused:
+    return Refused(504, f"the server behind this one took too long: {detail}", code="time_limit")
+
+
 def _type(status: int) -> str:
     if status == 401:
         return "authentication_error"

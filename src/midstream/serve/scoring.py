@@ -9,14 +9,14 @@ from typing import Any
 from midstream.engines.server import ServerEngine
 from midstream.errors import CapabilityError, EngineError
 from midstream.serve.bodies import Form
-from midstream.serve.refusals import bad_field, stopping, upstream_failure
+from midstream.serve.refusals import bad_field, out_of_time, stopping, upstream_failure
 from midstream.serve.requests import ToScore
 
 
 class Scoring:
     """A request whose texts are being scored, each by a request of its own. Made in the event loop that it is used in.
 
-    ``leave`` is called as each is over, ``over`` once all are.
+    ``leave`` is called as each is over, ``over`` once all are. ``seconds``: for all of them, None for no bound.
     """
 
     def __init__(
@@ -26,8 +26,11 @@ class Scoring:
         form: Form,
         leave: Callable[[], object],
         over: Callable[[Scoring], object],
+        *,
+        seconds: float | None,
     ) -> None:
         self.form = form
+        self._seconds = seconds
         self._left = len(asked.prompts)
         self._leave = leave
         self._over = over
@@ -49,7 +52,10 @@ class Scoring:
     async def body(self) -> dict[str, Any]:
         """The answer. Raises :class:`Refused` where a text gets no scores; nothing is asked for the others then."""
         try:
-            return self.form.scored(await asyncio.gather(*self._tasks))
+            async with asyncio.timeout(self._seconds):
+                return self.form.scored(await asyncio.gather(*self._tasks))
+        except TimeoutError as error:
+            raise out_of_time(f"no scores within {self._seconds:g} seconds") from error
         except CapabilityError as error:
             message = f"this text is not scored by the server behind this one: {error}"
             raise bad_field("echo", message, "unsupported_parameter") from error

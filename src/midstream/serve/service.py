@@ -173,7 +173,8 @@ class Service:
             for _ in asked.prompts:
                 leave()
             raise
-        scoring = Scoring(engine, asked, self._form(chat=False), leave, self._end)
+        seconds = self.generator.limits.time_limit
+        scoring = Scoring(engine, asked, self._form(chat=False), leave, self._end, seconds=seconds)
         self._under_way.add(scoring)
         self._quiet.clear()
         return scoring
