@@ -257,7 +257,7 @@ def test_a_client_that_leaves_is_not_scored_for(serve: Serve, connect: Connect) 
 def test_scores_take_no_longer_than_an_answer_may(serve: Serve, connect: Connect) -> None:
     served = serve(upstream=SCORES, limits=Limits(time_limit=0.2))
     served.upstream.behaviour.pace = LONG
-    with pytest.raises(openai.InternalServerError, match="no scores within 0.2 seconds") as late:
+    with pytest.raises(openai.InternalServerError, match=r"no scores within 0\.2 seconds") as late:
         connect(served).completions.create(**{**ASKED, "prompt": TEXTS})
     assert late.value.status_code == 504
     assert late.value.code == "time_limit"
