@@ -253,6 +253,15 @@ class TestSeeds:
         with SandboxPool(isolation=level) as another, another.session(seed=5) as two, pool.session(seed=5) as one:  # type: ignore[arg-type]
             assert one.run(self.CODE).text == two.run(self.CODE).text
 
+    @pytest.mark.parametrize(
+        "way", ["import numpy as np", "from numpy.random import rand", "import numpy.random.mtrand"]
+    )
+    def test_33_also_where_the_code_itself_imports_numpy_first(self, pool: SandboxPool, level: str, way: str) -> None:
+        with SandboxPool(isolation=level, preload=[]) as bare, bare.session(seed=5) as two, pool.session(seed=5) as one:  # type: ignore[arg-type]
+            assert two.run("import sys; 'numpy' in sys.modules").text == "False"
+            two.run(way)
+            assert one.run(self.CODE).text == two.run(self.CODE).text
+
     def test_without_a_seed_sessions_differ(self, pool: SandboxPool) -> None:
         with pool.session() as one, pool.session() as other:
             assert one.run(self.CODE).text != other.run(self.CODE).text

@@ -65,6 +65,14 @@ class TestTime:
         after = short.run("x")
         assert (after.text, after.state_lost) == ("41", False)
 
+    @pytest.mark.parametrize("method", ["__repr__", "__str__"])
+    def test_an_error_that_never_ends_being_shown(self, short: Session, method: str) -> None:
+        short.run("x = 41")
+        result = short.run(f"class E(Exception):\n    def {method}(self):\n        while True: pass\nraise E")
+        assert (result.timed_out, result.state_lost, result.breached) == (True, False, "wall_time")
+        assert result.text == "E(<Timeout while it was shown>)"
+        assert short.run("x").text == "41"
+
     def test_an_interrupt_that_is_swallowed_once_is_repeated(self, short: Session) -> None:
         result = short.run("import time\ntry: time.sleep(9)\nexcept BaseException as e: first = e\ntime.sleep(9)")
         assert (result.timed_out, result.state_lost) == (True, False)

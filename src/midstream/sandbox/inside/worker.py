@@ -13,7 +13,6 @@ import json
 import mmap
 import os
 import pprint
-import random
 import resource
 import shutil
 import signal
@@ -36,6 +35,7 @@ from midstream.sandbox.inside.cloning import Cloning
 from midstream.sandbox.inside.feeding import FedBlock
 from midstream.sandbox.inside.guardrails import guarded_builtins
 from midstream.sandbox.inside.pictures import Pictures
+from midstream.sandbox.inside.seeding import seed_everything
 from midstream.sandbox.text import cut_middle, too_long
 
 _T = TypeVar("_T")
@@ -260,7 +260,7 @@ class Worker:
 
     def _described(self, error: BaseException | None) -> dict[str, Any]:
         """The parts of a result that are about its error."""
-        told = None
+        told = trouble = None
         if error is not None:
             if isinstance(error, MemoryError):
                 self._ballast.drop()
@@ -270,10 +270,11 @@ class Worker:
             if told is not None:
                 note = self._cloning.note(error)
                 told |= {key: told[key] + note for key in ("message", "repr", "traceback")}
+        ends = (error, trouble)  # the error's own __repr__ and __str__ may have taken the time that was left
         return {
             "error": told,
-            "interrupted": isinstance(error, Timeout),
-            "breached": "cpu_time" if isinstance(error, OutOfProcessorTime) else None,
+            "interrupted": any(isinstance(each, Timeout) for each in ends),
+            "breached": "cpu_time" if any(isinstance(each, OutOfProcessorTime) for each in ends) else None,
         }
 
     def _tell(self, value: str | None, outcome: dict[str, Any]) -> None:
@@ -404,17 +405,3 @@ def adapt_standard_library() -> None:
 
 def _copy_nothing(*_: object, **__: object) -> None:
     """Permissions and times are not copied in a sandbox."""
-
-
-def seed_everything(seed: int) -> None:
-    """Make what is random follow from ``seed``.
-
-    Sessions are forked from one process: left alone, all would draw the same numbers.
-    """
-    stream = random.Random(f"midstream {seed}")  # noqa: S311  # for reproducibility, not secrecy
-    random.seed(seed)
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is not None:
-        numpy_random.seed(stream.getrandbits(32))
-        # What default_rng() and SeedSequence() draw when they are given no seed.
-        numpy_random.bit_generator.randbits = stream.getrandbits
