@@ -16,7 +16,7 @@ import pytest
 
 from midstream.errors import ConfigurationError, ProtocolError, SandboxError
 from midstream.sandbox import SandboxPool, Session
-from midstream.sandbox.places import Place, Places
+from midstream.sandbox.places import Places
 from tests.sandbox.leftovers import NOTHING, Held, children_of, eventually, lives, own_temporary_folder
 from tests.sandbox.test_lifecycle import kill_fork_server
 
@@ -332,7 +332,7 @@ class TestPlaces:
         def thread(seed: int) -> None:
             pauses = random.Random(seed)
             for _ in range(200):
-                place = places.take()
+                (place,) = places.take()
                 count(1)
                 if pauses.random() < 0.1:
                     time.sleep(0.0002)
@@ -344,7 +344,7 @@ class TestPlaces:
             for _ in range(200):
                 try:
                     async with asyncio.timeout(pauses.choice((None, 0.0002, 0.002))):
-                        place = await places.take_async()
+                        (place,) = await places.take_async()
                         count(1)
                         try:
                             await asyncio.sleep(0)
@@ -369,17 +369,38 @@ class TestPlaces:
 
     def test_a_place_that_comes_back_while_the_lock_is_held(self) -> None:
         places = Places(1)
-        place: Place | None = places.take()
-        assert place is not None
+        held = places.take()
         with places._lock:  # as where the collector runs in the middle of take()
-            del place
+            held.clear()
             assert places._free == 0
         assert places.waiting == 0
-        places.take().release()
+        places.take()[0].release()
+
+    def test_several_are_had_at_once_and_none_is_held_meanwhile(self) -> None:
+        async def main() -> None:
+            places = Places(4)
+            held = places.take(4)
+            pairs = [asyncio.create_task(places.take_async(2)) for _ in range(2)]
+            single = asyncio.create_task(places.take_async())
+            await asyncio.sleep(0)
+            assert (places.waiting, places.free) == (3, 0)
+            held.pop().release()
+            await asyncio.sleep(0)
+            assert (places.waiting, places._free) == (3, 1)  # the one that is free is for the first in the line
+            held.pop().release()
+            first = await asyncio.wait_for(pairs[0], 60)
+            held.pop().release()
+            pairs[1].cancel()  # and whoever stands behind it takes the one that it was too few for
+            held.extend(await asyncio.wait_for(single, 60))
+            for place in (*first, *held):
+                place.release()
+            assert (places.waiting, places._free) == (0, 4)
+
+        asyncio.run(main())
 
     def test_without_a_number_nobody_waits(self) -> None:
         places = Places(None)
-        held = [places.take() for _ in range(1000)]
+        held = places.take(1000)
         places.close()
         for place in held:
             place.release()

@@ -61,13 +61,15 @@ class OpenSessions(Generic[SessionT]):
         return before - self._told
 
     @contextlib.contextmanager
-    def asked(self) -> Iterator[None]:
-        """Tell that somebody wants a session, for as long as this lasts."""
+    def asked(self, count: int = 1) -> Iterator[None]:
+        """Tell that somebody wants so many sessions, for as long as this lasts."""
         began = time.monotonic()
-        self._observers(SessionAsked())
+        for _ in range(count):
+            self._observers(SessionAsked())
+        refused = True
         try:
             yield
-        except BaseException:
-            self._observers(SessionGranted(time.monotonic() - began, refused=True))
-            raise
-        self._observers(SessionGranted(time.monotonic() - began))
+            refused = False
+        finally:
+            for _ in range(count):
+                self._observers(SessionGranted(time.monotonic() - began, refused=refused))

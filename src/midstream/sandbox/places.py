@@ -27,13 +27,21 @@ class Place:
         self.release()
 
 
+class _Ticket(Future[None]):
+    """A stand in the line, of somebody who wants ``count`` places."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+
 class Places:
     """``count`` places, or any number of them (None), for threads and for asyncio at once."""
 
     def __init__(self, count: int | None) -> None:
         self._free: float = math.inf if count is None else count
         self._lock = threading.Lock()
-        self._waiting: deque[Future[None]] = deque()
+        self._waiting: deque[_Ticket] = deque()
         # An object may end, and give its place back, in the middle of anything that this thread does, the
         # holding of the lock included. So places come back through here, where nobody has to wait.
         self._returned: deque[None] = deque()
@@ -41,7 +49,7 @@ class Places:
 
     @property
     def waiting(self) -> int:
-        """How many wait for a place."""
+        """How many wait for places."""
         with self._lock:
             count = sum(not ticket.cancelled() for ticket in self._waiting)
         self._settle()
@@ -52,23 +60,27 @@ class Places:
         """How many would be given out at once; None is any number."""
         self._settle()
         with self._lock:
-            free = self._free + len(self._returned) - sum(not ticket.cancelled() for ticket in self._waiting)
+            free = self._free + len(self._returned)
+            free -= sum(ticket.count for ticket in self._waiting if not ticket.cancelled())
         self._settle()
         return None if math.isinf(free) else max(0, int(free))
 
-    def take(self) -> Place:
-        """A place; blocks until it is one's turn. Raises ProtocolError once this is closed."""
-        ticket = self._queue()
+    def take(self, count: int = 1) -> list[Place]:
+        """So many places at once; blocks until it is one's turn. Raises ProtocolError once this is closed.
+
+        None is held while the others are waited for: two who wait for several would wait for each other.
+        """
+        ticket = self._queue(count)
         try:
             ticket.result()
         except BaseException:
             self._leave(ticket)
             raise
-        return Place(self)
+        return [Place(self) for _ in range(count)]
 
-    async def take_async(self) -> Place:
+    async def take_async(self, count: int = 1) -> list[Place]:
         """The same for asyncio."""
-        ticket = self._queue()
+        ticket = self._queue(count)
         try:
             if ticket.done():
                 ticket.result()
@@ -77,7 +89,7 @@ class Places:
         except BaseException:
             self._leave(ticket)
             raise
-        return Place(self)
+        return [Place(self) for _ in range(count)]
 
     def give_back(self) -> None:
         """One place is free again. Never waits."""
@@ -93,8 +105,8 @@ class Places:
         for ticket in waiting:
             ticket.set_exception(_closed())
 
-    def _queue(self) -> Future[None]:
-        ticket: Future[None] = Future()
+    def _queue(self, count: int) -> _Ticket:
+        ticket = _Ticket(count)
         with self._lock:
             if self._closed:
                 raise _closed()
@@ -104,15 +116,18 @@ class Places:
         self._settle()
         return ticket
 
-    def _leave(self, ticket: Future[None]) -> None:
+    def _leave(self, ticket: _Ticket) -> None:
         """Stop waiting; what was granted at the very same time goes to the next."""
         if ticket.cancel():
             with self._lock:
                 if ticket in self._waiting:
                     self._waiting.remove(ticket)
+                granted = self._hand_out()  # there may be enough for those behind
+            _grant(granted)
             self._settle()
         elif ticket.exception() is None:
-            self.give_back()
+            for _ in range(ticket.count):
+                self.give_back()
 
     def _settle(self) -> None:
         # Whoever holds the lock meanwhile comes here after.
@@ -123,20 +138,20 @@ class Places:
                 self._lock.release()
             _grant(granted)
 
-    def _hand_out(self) -> list[Future[None]]:
+    def _hand_out(self) -> list[_Ticket]:
         while self._returned:
             self._returned.pop()
             self._free += 1
         granted = []
-        while self._waiting and self._free >= 1:
+        while self._waiting and self._free >= self._waiting[0].count:
             ticket = self._waiting.popleft()
             if ticket.set_running_or_notify_cancel():
-                self._free -= 1
+                self._free -= ticket.count
                 granted.append(ticket)
         return granted
 
 
-def _grant(tickets: list[Future[None]]) -> None:
+def _grant(tickets: list[_Ticket]) -> None:
     for ticket in tickets:
         ticket.set_result(None)
 

@@ -153,7 +153,8 @@ class SandboxPool:
           else, the first result says that state was lost.
         """
         session = Session(self, tools=tools, call_tool=call_tool, seed=seed, history=history)
-        self.admit(session, self._take_place())
+        (place,) = self._take_places(1)
+        self.admit(session, place)
         try:
             if not history:
                 session.attach(self.start_process(session.tools, session.seed))
@@ -172,7 +173,8 @@ class SandboxPool:
     ) -> Session:
         """The same for asyncio. A pool that has not started yet starts first, which blocks for a moment."""
         session = Session(self, tools=tools, call_tool=call_tool, seed=seed, history=history)
-        self.admit(session, await self._take_place_async())
+        (place,) = await self._take_places_async(1)
+        self.admit(session, place)
         try:
             if not history:
                 session.attach(await self.start_process_async(session.tools, session.seed))
@@ -192,38 +194,22 @@ class SandboxPool:
         return self._places.free
 
     def take_places(self, count: int) -> list[Place]:
-        """Places for ``count`` sessions more, one after another; blocks until there are so many."""
+        """Places for ``count`` sessions beside one that is open; blocks until there are so many."""
         self._check_places(count)
-        places: list[Place] = []
-        try:
-            while len(places) < count:
-                places.append(self._take_place())
-        except BaseException:
-            for place in places:
-                place.release()
-            raise
-        return places
+        return self._take_places(count)
 
     async def take_places_async(self, count: int) -> list[Place]:
         """The same for asyncio."""
         self._check_places(count)
-        places: list[Place] = []
-        try:
-            while len(places) < count:
-                places.append(await self._take_place_async())
-        except BaseException:
-            for place in places:
-                place.release()
-            raise
-        return places
+        return await self._take_places_async(count)
 
-    def _take_place(self) -> Place:
-        with self._sessions.asked():
-            return self._places.take()
+    def _take_places(self, count: int) -> list[Place]:
+        with self._sessions.asked(count):
+            return self._places.take(count)
 
-    async def _take_place_async(self) -> Place:
-        with self._sessions.asked():
-            return await self._places.take_async()
+    async def _take_places_async(self, count: int) -> list[Place]:
+        with self._sessions.asked(count):
+            return await self._places.take_async(count)
 
     def _check_places(self, count: int) -> None:
         if self._max_sessions is not None and count >= self._max_sessions:
