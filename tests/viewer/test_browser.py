@@ -133,6 +133,30 @@ def test_the_text_is_the_records_to_the_character(show: Callable[..., Page], num
     assert len(page.all("img.picture")) == pictures
 
 
+def test_a_rollout_that_takes_longer_to_unpack_takes_no_other_s_place(
+    show: Callable[..., Page], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("midstream.viewer.page.CHUNK_BYTES", 1)  # each by itself
+    page = show(some())
+    hold = """
+        const text = Response.prototype.text;
+        Response.prototype.text = async function () {
+          Response.prototype.text = text;
+          await new Promise((go) => { window.release = go; });
+          return text.call(this);
+        };
+        location.hash = '#2';
+    """
+    page.browser.execute_script(hold)
+    page.wait(lambda: page.browser.execute_script("return 'release' in window"))
+    page.browser.execute_async_script(
+        "const done = arguments[0]; addEventListener('hashchange', () => setTimeout(done)); location.hash = '#4'"
+    )
+    page.browser.execute_script("delete document.body.dataset.ready; release()")
+    page.wait(lambda: page.one("body").get_attribute("data-ready") == "#4")
+    assert page.texts("#rollout h2") == ["rich · 4"]
+
+
 def test_a_picture_is_drawn(show: Callable[..., Page]) -> None:
     page = show(some())
     page.open(5)

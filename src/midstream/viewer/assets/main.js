@@ -8,8 +8,17 @@ async function start() {
   const siblings = new Siblings(records, (opened) => { location.hash = `#${opened + 1}`; });
   const rollout = new Rollout(records, () => { location.hash = `#${rollout.row.number + 1}/siblings`; });
 
-  async function go() {
-    const match = /^#(\d+)(\/siblings)?$/.exec(location.hash);
+  let shown = null;
+  let going = Promise.resolve();
+
+  /** One at a time: a rollout that takes longer to unpack must not come to stand in the place of a later one. */
+  function go() {
+    going = going.catch(() => {}).then(() => location.hash === shown || open(shown = location.hash));
+    return going;
+  }
+
+  async function open(address) {
+    const match = /^#(\d+)(\/siblings)?$/.exec(address);
     const opened = match ? Number(match[1]) - 1 : 0;
     if (!records.rows[opened]) {
       $('rollout').replaceChildren(make('p', 'dim', 'No such rollout.'));
@@ -18,7 +27,7 @@ async function start() {
     list.mark(opened);
     await rollout.show(opened);
     if (match?.[2]) await siblings.show(records.rows[opened].group);
-    document.body.dataset.ready = location.hash || '#';
+    document.body.dataset.ready = address || '#';
   }
 
   const keys = {
