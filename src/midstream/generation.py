@@ -336,13 +336,14 @@ class Generator:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a record says of where its trajectory came from: versions, engine, seed and isolation."""
+        """What a record says of where its trajectory came from: versions, engine, seed, isolation, sandboxes."""
         return {
             "midstream": version("midstream"),
             "engine": type(self.engine).__name__,
             "seed": self.seed,
             "tools": list(self._tools.tools.names),
             "isolation": self._sessions.isolation,
+            "sandbox": self._sessions.settings,
         }
 
     # --- from other threads, while it generates

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from midstream.crossing import to_json
 from midstream.engines.base import sample_seed
+from midstream.errors import ConfigurationError, RecordError
 from midstream.records import Record
-from midstream.sandbox import SandboxPool
+from midstream.sandbox import Guardrails, SandboxLimits, SandboxPool
+from midstream.sandbox.pool import Isolation
 from midstream.sandbox.replay import comparable
 from midstream.types import CallRecord, ExecutionError, ExecutionResult, ToolAnswer, ToolCall
 
@@ -30,11 +33,15 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """A record whose blocks ran again. ``blocks``: how many did. No ``differences``: all came out the same."""
+    """A record whose blocks ran again. ``blocks``: how many did. No ``differences``: all came out the same.
+
+    ``skipped``: why none could, where that is so.
+    """
 
     record: Record
     blocks: int
     differences: tuple[Difference, ...]
+    skipped: str = ""
 
 
 @dataclass(slots=True)
@@ -62,17 +69,67 @@ class _RecordedTools:
         return ToolAnswer(error=ExecutionError("RuntimeError", f"{name}() has no recorded result"))
 
 
-def replay(records: Iterable[Record], pool: SandboxPool, *, at_once: int = 1) -> Iterator[Replayed]:
+class RecordedPools:
+    """Pools with the settings of those in which records were made, each started when it is needed first.
+
+    ``isolation`` is that of all, recorded or not. ``wall_time`` and ``preload`` go before what is recorded, where they
+    are not None. Records without settings have a pool's defaults. ``resident_memory`` is not taken over: many machines
+    cannot hold it.
+    """
+
+    def __init__(
+        self, *, isolation: Isolation = "auto", wall_time: float | None = None, preload: Sequence[str] | None = None
+    ) -> None:
+        self._given: dict[str, Any] = {"isolation": isolation} | ({} if preload is None else {"preload": preload})
+        self._limits: dict[str, Any] = {} if wall_time is None else {"wall_time": wall_time}
+        self._pools: dict[str, SandboxPool] = {}
+        SandboxPool(**self._options(None)).close()  # never started: it says what is wrong with what is given
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools.values():
+            pool.close()
+
+    def __call__(self, record: Record) -> SandboxPool:
+        """The pool for a record. Raises :class:`~midstream.errors.RecordError` for settings that are none."""
+        settings = record.provenance.get("sandbox")
+        key = json.dumps(settings, sort_keys=True)
+        if key not in self._pools:
+            try:
+                self._pools[key] = SandboxPool(**self._options(settings))
+            except (TypeError, LookupError, ConfigurationError) as error:
+                raise RecordError(f"provenance.sandbox={settings!r}: no pool can be made of it: {error}") from error
+        return self._pools[key]
+
+    def _options(self, settings: Any) -> dict[str, Any]:
+        if settings is None:
+            return {"limits": SandboxLimits(**self._limits), **self._given}
+        guardrails = settings["guardrails"]
+        recorded = {
+            "limits": SandboxLimits(**{**settings["limits"], "resident_memory": None, **self._limits}),
+            "preload": settings["preload"],
+            "error_style": settings["error_style"],
+            "guardrails": None if guardrails is None else Guardrails(**guardrails),
+        }
+        return recorded | self._given
+
+
+def replay(
+    records: Iterable[Record], pool_for: Callable[[Record], SandboxPool], *, at_once: int = 1
+) -> Iterator[Replayed]:
     """Run the blocks of each record again, ``at_once`` records at a time; results in the order of ``records``.
 
-    Each record has a session of its own, seeded as its first one was. Tools are not called: what they answered
-    stands in the record. Blocks that a limit on time or memory ended are not expected to end at the same place.
+    ``pool_for`` gives the pool in which a record's blocks are to run, such as :class:`RecordedPools`. Each record has
+    a session of its own, seeded as its first one was. Tools are not called: what they answered stands in the record.
+    Blocks that a limit on time or memory ended are not expected to end at the same place.
     """
     waiting: list[Future[Replayed]] = []
     with ThreadPoolExecutor(at_once, thread_name_prefix="midstream-replay") as threads:
         try:
             for record in records:
-                waiting.append(threads.submit(replay_one, record, pool))
+                waiting.append(threads.submit(replay_one, record, pool_for(record)))
                 if len(waiting) >= 2 * at_once:
                     yield waiting.pop(0).result()
             while waiting:
@@ -87,6 +144,8 @@ def replay_one(record: Record, pool: SandboxPool) -> Replayed:
     blocks = [entry for entry in record.trajectory.calls if _was_run(entry)]
     if not blocks:
         return Replayed(record, 0, ())
+    if record.provenance.get("earlier_blocks"):
+        return Replayed(record, 0, (), "blocks of other rows had run in its session, and are not in it")
     tools = _RecordedTools()
     names = sorted({call.name for entry in blocks for call in entry.result.tool_calls if call.name})  # type: ignore[union-attr]
     offered = sorted({*names, *_tool_names(record)})

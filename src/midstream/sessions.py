@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from midstream.errors import ProtocolError, SandboxError
 from midstream.jobs import OwnPool, Pool, Session, TakesTools
@@ -17,7 +17,8 @@ class Sessions:
     """Opens and copies sessions; those that are held for paused rows give way where there is no room.
 
     ``pool``: the caller's, which is left open; where it is None, ``make_pool`` makes one when it is needed, and
-    ``close`` ends it. ``isolation``: the level that held when the sandboxes were last started, None before.
+    ``close`` ends it. ``isolation``: the level that held when the sandboxes were last started, and ``settings``:
+    the pool's; None before.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Sessions:
         self._leases = leases
         self._tools = tools
         self.isolation: str | None = None
+        self.settings: dict[str, Any] | None = None
 
     @property
     def forkable(self) -> bool:
@@ -40,7 +42,7 @@ class Sessions:
     def start(self) -> None:
         """Have sandboxes, with the tools that belong beside them. Raises where this machine cannot isolate."""
         pool = self._started_pool()
-        self.isolation = pool.report.level
+        self.isolation, self.settings = pool.report.level, pool.settings
         if self._tools.beside_sandbox and isinstance(pool, TakesTools):
             pool.send_tools(self._tools.beside_sandbox)
 

@@ -61,7 +61,7 @@ def test_what_ran_once_runs_the_same_again(file: Path) -> None:
 
 def test_tools_are_not_called(file: Path, sandboxes: ms.SandboxPool) -> None:
     """Nobody here could answer, and what they answered comes back with its types."""
-    (done,) = [each for each in replay(_records(file, "tool"), sandboxes) if each.record.sample == 0]
+    (done,) = [each for each in replay(_records(file, "tool"), lambda _: sandboxes) if each.record.sample == 0]
     assert (done.blocks, done.differences) == (2, ())
     assert "b'two'" in done.record.calls[0].result.text  # type: ignore[union-attr]
 
@@ -92,7 +92,38 @@ def test_every_difference_is_told(file: Path, tmp_path: Path, prompt: str, old: 
 
 def test_results_come_in_the_order_of_the_records(file: Path, sandboxes: ms.SandboxPool) -> None:
     records = list(read_records(file))
-    assert [done.record for done in replay(iter(records), sandboxes, at_once=4)] == records
+    assert [done.record for done in replay(iter(records), lambda _: sandboxes, at_once=4)] == records
+
+
+def test_sandboxes_are_as_they_were(tmp_path: Path) -> None:
+    """Limits, guardrails and the style of errors decide what a model is shown, so they stand in the record."""
+    said = ["<code>1 / 0</code>", "<code>print('x' * 3000)</code>", "<code>import socket</code>"]
+    style = '"error_style":"traceback"'
+    pool = ms.SandboxPool(
+        error_style="traceback",
+        preload=["math"],
+        limits=ms.SandboxLimits(output_characters=300),
+        guardrails=ms.Guardrails(),
+    )
+    engine = ms.ScriptedEngine(tokenizer("o200k"), dict(zip(said, said, strict=True)))
+    with pool, ms.Generator(engine, pool=pool) as generator:
+        generator.generate([ms.Prompt(text=name, id=name) for name in said]).save(tmp_path / "r.jsonl")
+    settings = next(read_records(tmp_path / "r.jsonl")).provenance["sandbox"]
+    assert (settings["preload"], settings["error_style"]) == (["math"], "traceback")
+    result = CliRunner().invoke(main, ["replay", str(tmp_path / "r.jsonl")])
+    assert (result.stdout, result.exit_code) == ("3 blocks of 3 trajectories: all as recorded\n", 0)
+    without = changed(tmp_path / "r.jsonl", tmp_path, "<code>1 / 0</code>", style, style.replace("traceback", "repr"))
+    assert "text was" in CliRunner().invoke(main, ["replay", str(without)]).stdout
+    wrong = changed(tmp_path / "r.jsonl", tmp_path, "<code>1 / 0</code>", style, style.replace("traceback", "none"))
+    refused = CliRunner().invoke(main, ["replay", str(wrong)])
+    assert (refused.exit_code, "error_style='none'" in refused.stderr) == (2, True)
+
+
+def test_a_row_that_went_on_in_another_s_session_is_not_run(file: Path, tmp_path: Path) -> None:
+    result = run(changed(file, tmp_path, "state", '"provenance":{', '"provenance":{"earlier_blocks":2,'))
+    assert "prompt 'state' sample 0: blocks of other rows had run in its session" in result.stdout
+    assert result.stdout.endswith("14 blocks of 10 trajectories: all as recorded, 1 not run\n")
+    assert result.exit_code == 0
 
 
 def test_bad_input_is_told_before_anything_runs(tmp_path: Path, file: Path) -> None:

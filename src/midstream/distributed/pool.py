@@ -91,6 +91,7 @@ class RayPool:
             raise ConfigurationError(f"node_ids={node_ids!r}: must be several ids of nodes, or None")
         local = SandboxPool(**options)  # never started: it says what is wrong with the options
         self.limits, self.forkable, self.checkpoint = local.limits, local.forkable, local.checkpoint
+        self.settings = local.settings
         local.close()
         self.observers = Observers(observers)
         self.open_sessions: OpenSessions[RaySession] = OpenSessions(self.observers)

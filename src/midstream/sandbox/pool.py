@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from midstream.crossing import Offer
 from midstream.errors import ConfigurationError, IsolationError, ProtocolError, SandboxDied
@@ -265,6 +265,19 @@ class SandboxPool:
         self._sessions.remove(session)
         if place is not None:
             place.release()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As JSON, what decides how a block runs here and how its result is told, for a pool like this one.
+
+        Without ``environment``, whose values may be nobody else's business, and ``readable``.
+        """
+        return {
+            "limits": self.limits.as_dict(),
+            "preload": None if self._settings.preload is None else list(self._settings.preload),
+            "error_style": self.error_style,
+            "guardrails": self._guardrails,
+        }
 
     @functools.cached_property
     def beginning(self) -> list[object]:
