@@ -17,7 +17,14 @@ from midstream.testing.outcomes import CheckFailed, CheckOutcome, Wrong, run_che
 from midstream.types import ExecutionResult
 
 MIB = 1 << 20
-LIMITS = SandboxLimits(wall_time=1.0, grace=1.0, memory=512 * MIB, output_characters=4096, tool_calls=50)
+LIMITS = SandboxLimits(
+    wall_time=1.0,
+    grace=1.0,
+    memory=512 * MIB,
+    output_characters=4096,
+    tool_calls=50,
+    working_directory=16 * MIB,
+)
 """What :func:`check_sandbox` asks its pool to hold sessions to."""
 
 
@@ -135,6 +142,27 @@ def files_of_the_host_are_out_of_reach(pool: CheckedPool) -> None:
             _expect(file.read() == "canary", "code changed a file of the host")
 
 
+def folders_of_the_host_are_out_of_reach(pool: CheckedPool) -> None:
+    with tempfile.TemporaryDirectory(prefix="canary-") as folder, _Run(pool) as run:
+        os.chmod(folder, 0o777)  # noqa: S103  # as above
+        with open(os.path.join(folder, "canary"), "w") as file:
+            file.write("canary")
+        os.chmod(file.name, 0o666)  # noqa: S103
+        for code in (
+            f"open({folder + '/mine'!r}, 'w').write('x')",
+            f"os.mkdir({folder + '/mine'!r})",
+            f"os.symlink({file.name!r}, 'link') or open('link').read()",
+            f"os.link({file.name!r}, 'hard') or open('hard').read()",
+            f"os.rename({file.name!r}, 'moved') or open('moved').read()",
+            f"os.chmod({file.name!r}, 0)",
+        ):
+            run(f"import os\n{code}")
+            state = sorted(os.listdir(folder)), os.stat(file.name).st_mode & 0o777, os.stat(file.name).st_nlink
+            _expect(state == (["canary"], 0o666, 1), f"{code} changed a folder of the host")
+        for name in ("link", "hard", "moved"):
+            _expect(run(f"open({name!r}).read()").error is not None, "code read a file of the host by a link")
+
+
 def the_hosts_environment_is_hidden(pool: CheckedPool) -> None:
     with _Run(pool) as run:
         own = {name for name, value in os.environ.items() if name.isidentifier() and len(value) > 8}
@@ -169,6 +197,24 @@ def others_cannot_be_signalled(pool: CheckedPool) -> None:
             _expect(result.error is not None, f"code could signal {target}", result)
 
 
+def others_cannot_be_looked_into(pool: CheckedPool) -> None:
+    with _Run(pool) as run:
+        for name in ("environ", "maps"):
+            result = run(f"import pathlib\npathlib.Path('/proc/{os.getpid()}/{name}').read_bytes()")
+            _expect(result.error is not None, f"code read the {name} of a process of the host", result)
+        result = run(f"import ctypes\nctypes.CDLL(None).ptrace(16, {os.getpid()}, 0, 0)")
+        _expect(result.error is not None or result.text == "-1", "code could trace a process of the host", result)
+
+
+def limits_cannot_be_raised(pool: CheckedPool) -> None:
+    with _Run(pool) as run:
+        for name in ("AS", "CPU", "FSIZE", "NOFILE"):
+            given = run(f"import resource\nresource.getrlimit(resource.RLIMIT_{name})[1]")
+            if given.error is None and given.text != "-1":  # it is bounded in this way
+                code = f"resource.setrlimit(resource.RLIMIT_{name}, (int({given.text}) + 4096,) * 2)"
+                _expect(run(code).error is not None, f"code could raise RLIMIT_{name}")
+
+
 def loops_are_interrupted_and_state_kept(pool: CheckedPool) -> None:
     with _Run(pool) as run:
         run("x = 41")
@@ -191,12 +237,55 @@ def memory_is_bounded(pool: CheckedPool) -> None:
         _expect(run("1 + 1").text.endswith("2"), "the session did not go on")
 
 
+def files_are_bounded(pool: CheckedPool) -> None:
+    with _Run(pool) as run:
+        result = run("for n in range(64):\n    with open(f'f{n}', 'wb') as file: file.write(bytes(1 << 20))")
+        _expect(result.breached is not None or result.error is not None, "code got 64 MiB of files", result)
+        _expect(
+            run("import os\nfor name in os.listdir(): os.remove(name)\n1 + 1").text == "2", "the session did not go on"
+        )
+
+
+def descriptors_and_threads_are_bounded(pool: CheckedPool) -> None:
+    threads = "for _ in range(5000): threading.Thread(target=go.wait, daemon=True).start()"
+    for code in (
+        "kept = []\nfor _ in range(5000): kept.append(open('f', 'w'))",
+        f"import threading\ngo = threading.Event()\n{threads}",
+    ):
+        with _Run(pool) as run:
+            result = run(code)
+            _expect(result.error is not None, f"{code} worked", result)
+
+
 def output_is_bounded(pool: CheckedPool) -> None:
     most = LIMITS.output_characters + 500
     with _Run(pool) as run:
         for code in ("print('x' * (50 << 20))", "'y' * (1 << 20)", "raise ValueError('z' * (1 << 20))"):
             result = run(code)
             _expect(len(result.text) <= most and len(result.stdout) <= most, f"{code} came out whole")
+
+
+def what_shows_itself_badly_is_an_error(pool: CheckedPool) -> None:
+    with _Run(pool) as run:
+        run("x = 41\nclass Shown:\n    def __init__(self, show): type(self).__repr__ = lambda self: show()")
+        for show in ("lambda: 1 / 0", "lambda: 5", "lambda: exit()"):
+            result = run(f"Shown({show})")
+            _expect(result.error is not None and not _ended(result), f"a repr of {show} is no error", result)
+        _expect(run("x").text == "41", "the state was lost")
+
+
+def recursion_without_end_is_an_error(pool: CheckedPool) -> None:
+    with _Run(pool) as run:
+        result = run("x = 41\ndef down(): down()\ndown()")
+        _expect(result.error is not None and result.error.type == "RecursionError", "no RecursionError", result)
+        _expect(run("x").text == "41", "the state was lost")
+
+
+def a_saboteur_harms_only_itself(pool: CheckedPool) -> None:
+    with _Run(pool) as run, _Run(pool) as other:
+        run("import builtins, json, os, sys\nsys.stdout = json.dumps = os.write = builtins.repr = builtins.len = None")
+        run("len('')")  # whatever it gives, nothing is raised here
+        _expect(other("import json\njson.dumps(len('ab'))").text == "'2'", "another session was harmed")
 
 
 def a_death_is_said(pool: CheckedPool) -> None:
@@ -227,6 +316,21 @@ def tools_are_called_and_their_errors_raised(pool: CheckedPool) -> None:
         _expect(result.error is not None and answered <= LIMITS.tool_calls, "the calls are not bounded", result)
 
 
+def what_is_no_plain_data_reaches_no_tool(pool: CheckedPool) -> None:
+    given: list[Any] = []
+
+    def call(name: str, arguments: list[Any], keyword_arguments: dict[str, Any]) -> Any:
+        given.append((name, arguments, keyword_arguments))
+
+    code = "class Evil:\n    def __reduce__(self): return (print, ('unpickled',))"
+    with _Run(pool, tools={"look_up": ""}, call_tool=call) as run:
+        run(code)
+        for argument in ("Evil()", "[Evil()]", "lambda: 1", "open('f', 'w')", "object()"):
+            result = run(f"look_up({argument})")
+            _expect(result.error is not None, f"a tool was called with {argument}", result)
+    _expect(given == [], f"a tool was given {given!r:.200}")
+
+
 CHECKS: tuple[Callable[[CheckedPool], None], ...] = (
     state_lives_on,
     output_comes_before_the_value,
@@ -234,14 +338,23 @@ CHECKS: tuple[Callable[[CheckedPool], None], ...] = (
     sessions_share_nothing,
     a_seed_gives_the_same_numbers,
     files_of_the_host_are_out_of_reach,
+    folders_of_the_host_are_out_of_reach,
     the_hosts_environment_is_hidden,
     there_is_no_network,
     programs_cannot_be_started,
     others_cannot_be_signalled,
+    others_cannot_be_looked_into,
+    limits_cannot_be_raised,
     loops_are_interrupted_and_state_kept,
     what_cannot_be_interrupted_is_killed,
     memory_is_bounded,
+    files_are_bounded,
+    descriptors_and_threads_are_bounded,
     output_is_bounded,
+    what_shows_itself_badly_is_an_error,
+    recursion_without_end_is_an_error,
+    a_saboteur_harms_only_itself,
     a_death_is_said,
     tools_are_called_and_their_errors_raised,
+    what_is_no_plain_data_reaches_no_tool,
 )
