@@ -2,8 +2,8 @@
 
 A record stands alone. Besides the trajectory it has the rules that the row obeyed (markup, limits, the ids
 that end it), the bytes of every id, and where it came from, so that it can be read and checked without the
-tokenizer, the model or this library. Every field is always present, and unknown ones are refused: what a
-record says is what its schema number says.
+tokenizer, the model or this library. Every field is written always, unknown ones are refused, and only those that came
+to a schema later may be missing: what a record says is what its schema number says.
 """
 
 from __future__ import annotations
