@@ -1,9 +1,10 @@
 """10,000 calls of a tool from the code of 1,000 sessions: by themselves, in batches, and remembered.
 
-Three tools: one that does nothing (the floor: sessions, channel and host alone), a search among vectors on this
-machine (a product that reads all of them, for one query or for many), and a server that takes 10 ms a request,
-eight at a time. Every session runs one block that makes its calls one after another. Prints a table and, with
-``--json FILE``, writes the figures. Nothing here fails for being slow.
+Four tools: one that does nothing (the floor: sessions, channel and host alone), midstream's own retriever over the
+documentation that every installation has, a search among vectors on this machine (a product that reads all of them,
+for one query or for many), and a server that takes 10 ms a request, eight at a time. Every session runs one block
+that makes its calls one after another. Prints a table and, with ``--json FILE``, writes the figures. Nothing here
+fails for being slow.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import description, load
+from benchmarks.retrieval import corpus, queries
 from midstream import SandboxLimits, SandboxPool, Session, ToolSet
-from midstream.tools import Tool, ToolHost
+from midstream.tools import Retriever, Tool, ToolHost
 from midstream.types import ToolCall
 
 VECTORS, WIDTH, DISTINCT = 20_000, 128, 2_000
@@ -39,6 +41,19 @@ class Nothing:
     def many(self, query: Sequence[str]) -> list[list[str]]:
         self.executions += 1
         return [[text] for text in query]
+
+
+class Words(Nothing):
+    """``Retriever``: the passages that hold the words of a query."""
+
+    def __init__(self) -> None:
+        documents = corpus()
+        self._retriever = Retriever(documents, num_results=3)
+        self._queries = queries(documents, DISTINCT)
+
+    def many(self, query: Sequence[str]) -> list[list[str]]:
+        self.executions += 1
+        return self._retriever.answer([self._queries[int(text.rpartition(" ")[2])] for text in query])
 
 
 class Vectors(Nothing):
@@ -119,7 +134,12 @@ def measured(pool: SandboxPool, sessions: int, calls: int, times: int) -> dict[s
     offers = ToolSet(list(ways(Nothing()).values())[:1]).offers
     with asyncio.Runner() as runner:
         opened = [pool.session(tools=offers, call_tool=lambda *_: None) for _ in range(sessions)]
-        for name, tool in (("nothing", Nothing()), ("vectors", Vectors()), ("server", Server())):
+        for name, tool in (
+            ("nothing", Nothing()),
+            ("retriever", Words()),
+            ("vectors", Vectors()),
+            ("server", Server()),
+        ):
             rows[name] = {}
             for way, made in ways(tool).items():
                 runs = [runner.run(measure(opened, made, tool, calls)) for _ in range(times)]
