@@ -313,6 +313,9 @@ class Drive:
             outcome = live.row.inject(*task.result())
         except Exception as error:
             # Whatever it was, the row ends where it is valid, and the others go on.
+            if self.control.ending is StopKind.CANCELLED:  # the tools may be gone before it is: no fault of theirs
+                self._ends.retire(live, StopReason(StopKind.CANCELLED))
+                return
             fields = live.observed.log_fields
             logger.warning("row %s: its code could not be run", live.row.prompt.id, exc_info=error, extra=fields)
             self._ends.retire(live, StopReason(StopKind.SANDBOX_FAILURE, f"{type(error).__name__}: {error}"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from itertools import count
 
 import pytest
 
 from midstream import Generator, SandboxPool, ScriptedEngine, StopKind, Update, errors
+from midstream.observing import BlockBegan, BlockEnded
 from midstream.records import verify
 from tests.rollouts import LONG, Gate, Stepping, essence, rollouts, scripted
 from tests.sandbox.leftovers import eventually
@@ -102,3 +104,30 @@ def _at_step(engine: ScriptedEngine, number: int, act: Callable[[], None]) -> No
         return updates
 
     engine.step = stepped  # type: ignore[method-assign]
+
+
+def test_a_generator_that_is_closed_tells_the_model_nothing_of_it(sandboxes: SandboxPool) -> None:
+    """Its tools are gone before its rows are, and code that runs beside a step may still call them."""
+    began, ended = threading.Event(), threading.Event()
+
+    def observe(event: object) -> None:
+        if isinstance(event, BlockBegan):
+            began.set()
+        elif isinstance(event, BlockEnded):
+            ended.set()
+
+    code = "<code>\nleave()\ntry:\n    other()\nexcept BaseException as error:\n    print(error)\n</code> end"
+    engine = scripted({"a": code, "b": LONG_TEXT * 50})
+    step = engine.step
+
+    def held() -> list[Update]:
+        assert not began.is_set() or ended.wait(LONG)
+        return step()
+
+    engine.step = held  # type: ignore[method-assign]
+    tools = {"leave": lambda: generator.close(), "other": lambda: 2}
+    generator = Generator(engine, pool=sandboxes, tools=tools, observers=[observe])
+    rows = generator.generate([{"text": name, "id": name} for name in "ab"])
+    assert ended.is_set()
+    assert [row.stop.kind for row in rows] == [StopKind.CANCELLED] * 2
+    assert "closed" not in rows[0].text

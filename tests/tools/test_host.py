@@ -13,7 +13,7 @@ import pytest
 
 from midstream import ToolContext, ToolSet, tool
 from midstream.crossing import to_json
-from midstream.errors import EngineError
+from midstream.errors import EngineError, MidstreamError, ProtocolError
 from midstream.tools import RowTools, Tool, ToolHost
 from midstream.tools.memory import Memory
 from midstream.types import ExecutionError, ToolAnswer
@@ -532,6 +532,66 @@ async def test_a_call_of_a_sync_tool_that_has_not_begun_is_never_made() -> None:
         gate.opened.set()
         await asyncio.gather(*calls, return_exceptions=True)
     assert gate.calls == 2
+
+
+class NoThreads:
+    """Lets no thread begin while ``none`` holds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.none = True
+        start = threading.Thread.start
+
+        def started(thread: threading.Thread) -> None:
+            if self.none and thread.name.startswith("tool-"):
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", started)
+
+
+async def test_a_call_that_no_thread_can_be_had_for_is_not_made_and_no_fault_of_the_tools(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counting = Counting()
+    async with hosting(Tool("count", counting, concurrency=1)) as host:
+        row, threads = host.row(), NoThreads(monkeypatch)
+        with pytest.raises(MidstreamError, match=r"tool-count: no thread could be started \(can't start new thread"):
+            await row.call("count", [1])
+        threads.none = False
+        async with asyncio.timeout(LONG):
+            assert (await row.call("count", [2])).value == [2]
+    assert counting.seen == [2]
+
+
+async def test_calls_wait_for_the_threads_there_are_where_no_more_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate()
+    async with hosting(Tool("gate", gate)) as host:
+        first = asyncio.create_task(host.row().call("gate"))
+        await until(gate.reached.is_set)
+        NoThreads(monkeypatch)
+        second = asyncio.create_task(host.row().call("gate"))
+        await asyncio.sleep(0)
+        gate.opened.set()
+        assert [answer.value for answer in await asyncio.gather(first, second)] == ["through"] * 2
+
+
+async def test_calls_of_a_host_that_is_closed_are_no_fault_of_the_tools() -> None:
+    gate = Gate()
+    several = (Tool("gate", gate, concurrency=1), Tool("one", lambda x: x), Tool("many", lambda x: x, batched=True))
+    async with hosting(*several) as host:
+        running = asyncio.create_task(host.row().call("gate"))
+        await until(gate.reached.is_set)
+        threads = host.threads(host.tool("gate"))
+        waiting = threads.submit(gate)
+        await asyncio.to_thread(host.close)
+        with pytest.raises(ProtocolError, match="tool-gate: closed"):
+            waiting.result(LONG)
+        for name in ("one", "many"):
+            with pytest.raises(ProtocolError, match=f"tool-{name}: closed"):
+                await host.row().call(name, [1])
+        gate.opened.set()
+        assert (await running).value == "through"
+    assert gate.calls == 1
 
 
 # --- stateful tools

@@ -14,7 +14,7 @@ from inspect import Parameter
 from typing import Any
 
 from midstream.crossing import CrossingError, describe_exception, to_json
-from midstream.errors import MidstreamError
+from midstream.errors import MidstreamError, ProtocolError
 from midstream.observing import ObservedRow, Observers, ToolBegan, ToolEnded
 from midstream.tools.interface import ToolContext
 from midstream.tools.lanes import Asked, Lane
@@ -106,14 +106,19 @@ class ToolHost:
         """Run what a row's tool has to do at its end, in a thread of the tool's."""
         try:
             future = self.threads(tool).submit(function)
-        except RuntimeError:  # closed meanwhile
+        except ProtocolError:  # closed meanwhile
+            return
+        except MidstreamError as error:
+            logger.warning("a row's tool could not be closed: %s", error)
             return
         self._closing.add(future)
         future.add_done_callback(self._closed_one)
 
     def _closed_one(self, future: Future[Any]) -> None:
         self._closing.discard(future)
-        if not future.cancelled() and future.result()[1] is not None:
+        if future.cancelled() or future.exception() is not None:  # the host was closed before its turn came
+            return
+        if future.result()[1] is not None:
             logger.warning("a row's tool could not be closed", exc_info=future.result()[1])
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
+
+from midstream.errors import MidstreamError, ProtocolError
+
+logger = logging.getLogger(__name__)
 
 
 class CallThreads:
@@ -30,29 +35,50 @@ class CallThreads:
         self._closed = False
 
     def submit(self, function: Callable[[], Any]) -> Future[Any]:
-        """Run ``function`` when a thread is free. Raises RuntimeError once closed."""
+        """Run ``function`` when a thread is free.
+
+        Raises ProtocolError once closed, and MidstreamError where there is no thread and none can be started.
+        What is raised here, or by the future itself, is no doing of ``function``'s, which is not called then.
+        """
         future: Future[Any] = Future()
         with self._changed:
             if self._closed:
-                raise RuntimeError(f"{self._name}: closed")
+                raise self._is_closed()
+            if len(self._waiting) >= len(self._idle) and self._threads < self._most:
+                self._start_one()
             self._waiting.append((future, function))
-            if len(self._waiting) > len(self._idle) and self._threads < self._most:
-                self._threads += 1
-                threading.Thread(target=self._serve, name=f"{self._name}-{self._threads}", daemon=True).start()
             self._changed.notify()
         return future
 
     def close(self) -> None:
-        """End the idle threads now and the others when their call returns; calls that wait are cancelled."""
+        """End the idle threads now and the others when their call returns; calls that wait fail with ProtocolError."""
         with self._changed:
             self._closed = True
-            for future, _ in self._waiting:
-                future.cancel()
+            waiting = list(self._waiting)
             self._waiting.clear()
             idle = list(self._idle)
             self._changed.notify_all()
+        for future, _ in waiting:
+            if future.set_running_or_notify_cancel():
+                # Not cancelled: who waits could not tell that from a cancellation of its own.
+                future.set_exception(self._is_closed())
         for thread in idle:
             thread.join()
+
+    def _is_closed(self) -> ProtocolError:
+        return ProtocolError(f"{self._name}: closed")
+
+    def _start_one(self) -> None:
+        """One more thread; where the system has none to give, those that there are must do."""
+        name = f"{self._name}-{self._threads + 1}"
+        try:
+            threading.Thread(target=self._serve, name=name, daemon=True).start()
+        except (RuntimeError, MemoryError) as error:
+            if not self._threads:
+                raise MidstreamError(f"{self._name}: no thread could be started ({error})") from error
+            logger.warning("%s could not be started (%s): calls wait for %d others", name, error, self._threads)
+        else:
+            self._threads += 1
 
     def _serve(self) -> None:
         this = threading.current_thread()
@@ -87,6 +113,7 @@ async def call(
 
     Raises what it raises where that is an ``Exception``. What would end the event loop (``SystemExit``), could
     not cross a future (``StopIteration``) or would look like a cancellation from outside becomes a RuntimeError.
+    Where it could not be called at all, raises what :meth:`CallThreads.submit` does.
     """
     keywords = keyword_arguments or {}
     try:
