@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from midstream.errors import ConfigurationError, EngineError, ProtocolError, SandboxFileError
+from midstream.errors import ConfigurationError, EngineError, ProtocolError, SandboxError, SandboxFileError
 from midstream.sandbox import SandboxLimits, SandboxPool, Session
 from tests.sandbox.inner import FIND_WORKER
 from tests.sandbox.leftovers import eventually
@@ -177,6 +177,29 @@ def test_a_fault_of_the_library_is_not_shown_to_the_code(tooled: Session) -> Non
     with pytest.raises(EngineError, match="the engine broke"):
         tooled.run("try:\n    engine()\nexcept BaseException as e:\n    print(e)")
     assert tooled.run("x").text == "5"
+
+
+async def test_a_call_that_could_not_be_given_a_thread_is_not_shown_to_the_code(tooled: Session, host: Host) -> None:
+    await asyncio.get_running_loop().shutdown_default_executor()
+    with pytest.raises(SandboxError, match=r"call of echo\(\) could not be given a thread: Executor shutdown"):
+        await tooled.run_async("try:\n    echo(1)\nexcept RuntimeError as error:\n    print(error)")
+    assert host.calls == []
+
+
+def test_a_call_in_time_that_could_not_be_given_a_thread_is_a_fault_of_the_sandboxs(
+    tooled: Session, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def started(thread: threading.Thread) -> None:
+        if thread.name == "tool echo":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", started)
+    with pytest.raises(SandboxError, match=r"call of echo\(\) could not be given a thread: can't start new thread"):
+        tooled.run("echo(1)")
+    assert host.calls == []
 
 
 def has_file(session: Session, path: str) -> bool:

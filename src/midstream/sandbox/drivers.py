@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 from midstream.crossing import CrossingError, describe_exception, from_json, to_json
 from midstream.crossing.texts import TooLarge
 from midstream.crossing.values import MAXIMUM_BYTES
-from midstream.errors import MidstreamError, SandboxProtocolError
+from midstream.errors import MidstreamError, SandboxError, SandboxProtocolError
 from midstream.sandbox.conversation import Alarm, Conversation, Ending, Event, Finished, StaleFrame, ToolRequested
 from midstream.sandbox.meter import Meter
 from midstream.sandbox.process import SessionProcess
@@ -204,7 +204,8 @@ def _call(exchange: _Exchange, request: ToolRequested, call_tool: CallTool) -> A
 def in_time(seconds: float | None, name: str, work: Callable[[], _T]) -> _T | None:
     """What the work for a tool gives; None where that takes longer than so many seconds.
 
-    It is done in a thread of its own where its time is bounded, since nothing else could end the wait.
+    It is done in a thread of its own where its time is bounded, since nothing else could end the wait. Raises
+    SandboxError where there is no such thread to be had.
     """
     if seconds is None:
         return work()
@@ -220,13 +221,33 @@ def in_time(seconds: float | None, name: str, work: Callable[[], _T]) -> _T | No
 
     context = contextvars.copy_context()
     thread = threading.Thread(target=context.run, args=(do,), name=f"tool {name}", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise _not_started(name, error) from error
     thread.join(seconds)
     return outcome[0]() if outcome else None
 
 
 def _raise(error: BaseException) -> NoReturn:
     raise error
+
+
+async def _in_thread(name: str, function: Callable[..., _T], *arguments: Any) -> _T:
+    """What the function for a tool gives, called in a thread of the loop's. Raises SandboxError where that cannot be.
+
+    So that "cannot start new thread", or an executor that was shut down, is not taken for what a tool raised.
+    """
+    work = functools.partial(contextvars.copy_context().run, function, *arguments)
+    try:
+        future = asyncio.get_running_loop().run_in_executor(None, work)
+    except RuntimeError as error:
+        raise _not_started(name, error) from error
+    return await future
+
+
+def _not_started(name: str, error: RuntimeError) -> SandboxError:
+    return SandboxError(f"the call of {name}() could not be given a thread: {error}")
 
 
 def _values(request: ToolRequested, maximum_bytes: int = MAXIMUM_BYTES) -> tuple[list[Any], dict[str, Any]]:
@@ -325,7 +346,7 @@ async def _outcome_async(call_tool: CallTool, request: ToolRequested) -> Answere
         try:
             arguments, keywords = _values(request, _SMALL_BYTES)
         except TooLarge:  # unpacking it would hold up all other sessions
-            arguments, keywords = await asyncio.to_thread(_values, request)
+            arguments, keywords = await _in_thread(request.name, _values, request)
     except CrossingError as error:
         return Answered.unreadable(request.name, error)
     try:
@@ -337,8 +358,11 @@ async def _outcome_async(call_tool: CallTool, request: ToolRequested) -> Answere
 
 
 async def called(call_tool: CallTool, name: str, arguments: list[Any], keyword_arguments: dict[str, Any]) -> Any:
-    """What a tool gives, called in a thread unless it is a coroutine function."""
+    """What a tool gives, called in a thread unless it is a coroutine function.
+
+    Raises SandboxError where it could not be called.
+    """
     if any(map(inspect.iscoroutinefunction, (call_tool, type(call_tool).__call__))):
         return await call_tool(name, arguments, keyword_arguments)
-    value = await asyncio.to_thread(call_tool, name, arguments, keyword_arguments)
+    value = await _in_thread(name, call_tool, name, arguments, keyword_arguments)
     return await value if isinstance(value, Awaitable) else value
