@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +23,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import midstream as ms
-from midstream.errors import ConfigurationError
+from midstream.errors import ConfigurationError, ProtocolError
 from midstream.tools.mcp import McpToolError, McpTools, from_mcp
+from midstream.tools.mcp.connection import Connection
 from midstream.tools.mcp.schema import annotation_of, parameters, python_identifier
+from tests.rollouts import LONG
 from tests.tools.mcp_server import PICTURE, server
 from tests.vocabularies import tokenizer
 
@@ -202,15 +204,13 @@ def _answers(tools: McpTools) -> bool:
         return False
 
 
-def test_an_unknown_session_is_asked_for_again() -> None:
+@pytest.mark.parametrize("refusals", [1, 1000])
+def test_an_unknown_session_is_asked_for_again_once(refusals: int) -> None:
     """What a server says that was started again and has never heard of this session: the call was not begun."""
-    from contextlib import asynccontextmanager
     from types import SimpleNamespace
 
     from mcp import MCPError
     from mcp.types import INVALID_REQUEST
-
-    from midstream.tools.mcp.connection import Connection
 
     opened: list[int] = []
 
@@ -220,17 +220,41 @@ def test_an_unknown_session_is_asked_for_again() -> None:
         number = opened[-1]
 
         async def call_tool(name: str, arguments: dict[str, Any]) -> Any:
-            if number == 0:
+            if number < refusals:
                 raise MCPError(code=INVALID_REQUEST, message="Session terminated")
             return (name, arguments, number)
 
         yield SimpleNamespace(call_tool=call_tool)
 
-    connection = Connection("fake", connect, 5.0)
+    connection = Connection("fake", connect, LONG)
     try:
-        assert asyncio.run(connection.call("add", {"a": 1})) == ("add", {"a": 1}, 1)
+        if refusals == 1:
+            assert asyncio.run(connection.call("add", {"a": 1})) == ("add", {"a": 1}, 1)
+        else:
+            with pytest.raises(ConnectionError, match=r"^the MCP server 'fake' cannot be reached$"):
+                asyncio.run(connection.call("add", {"a": 1}))
     finally:
         connection.close()
+    assert opened == [0, 1]
+
+
+def test_why_a_server_cannot_be_started_again_is_logged_and_not_told_to_the_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = tmp_path / "server.py"
+    program.write_text(Path(SERVER).read_text())
+    with from_mcp([sys.executable, str(program)], name="figures", start_timeout=LONG) as tools:
+        program.write_text("raise RuntimeError('no database with password=hunter2')")
+        with pytest.raises(ConnectionError, match=r"^the MCP server 'figures' went away during the call$"):
+            caller(tools)("die")
+        with pytest.raises(ConnectionError, match=r"^the MCP server 'figures' cannot be reached$") as raised:
+            caller(tools)("add", 1)
+    assert raised.value.__cause__ is None
+    assert any(
+        "cannot be reached (" in each.getMessage() and "password=hunter2" in each.getMessage()
+        for each in caplog.records
+        if each.levelname == "WARNING"
+    )
 
 
 def test_nothing_is_left_when_they_are_stopped() -> None:
@@ -243,7 +267,7 @@ def test_nothing_is_left_when_they_are_stopped() -> None:
     assert set(threading.enumerate()) <= threads
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= len(descriptors)
-    with pytest.raises(ConnectionError, match="is closed"):
+    with pytest.raises(ProtocolError, match="is closed"):
         caller(tools)("pid")
     with pytest.raises(ConfigurationError, match="were stopped"):
         tools.start()

@@ -15,13 +15,19 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-from midstream.errors import ConfigurationError
+from midstream.errors import ConfigurationError, ProtocolError
 
 logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 Connect = Callable[["Said", Callable[[], None]], contextlib.AbstractAsyncContextManager[Any]]
 """Opens a client, given where the server's error output goes and what to call when the server has ended."""
+
+
+_TRIES = 2
+"""How often one call is made of a server that refuses it unread, each time over a new connection."""
+
+_SECONDS_TO_READ = 1.0
 
 
 class Connection:
@@ -59,10 +65,10 @@ class Connection:
         """The server's answer to one call, from any event loop.
 
         Raises ConnectionError where the server is gone: a call that it may have begun is not made again, the
-        next one finds a new connection.
+        next one finds a new connection. It says no more than that, since a model may read it; why is logged.
+        Raises ProtocolError once closed.
         """
-        if self._closed:
-            raise ConnectionError(f"the MCP server {self.name!r} is closed")
+        self._check_open()
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._call(tool, arguments), self._loop))
 
     def close(self) -> None:
@@ -78,11 +84,13 @@ class Connection:
     async def _call(self, tool: str, arguments: Mapping[str, Any]) -> Any:
         from mcp import MCPError
 
-        while True:
+        for _ in range(_TRIES):
             try:
                 client = await self._connected()
             except ConfigurationError as error:
-                raise ConnectionError(str(error)) from None
+                self._check_open()
+                logger.warning("%s", error)
+                break
             try:
                 return await client.call_tool(tool, dict(arguments))
             except MCPError as error:
@@ -95,8 +103,15 @@ class Connection:
             except Exception as error:
                 if not _is_transport_fault(error):
                     raise
+                logger.warning("the MCP server %r went away during a call: %s", self.name, _innermost(error))
             self._lost(client)
+            self._check_open()
             raise ConnectionError(f"the MCP server {self.name!r} went away during the call")
+        raise ConnectionError(f"the MCP server {self.name!r} cannot be reached")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ProtocolError(f"the MCP server {self.name!r} is closed")
 
     async def _connected(self) -> Any:
         async with self._opening:
@@ -168,6 +183,8 @@ class Said:
 
     async def __aexit__(self, *_: object) -> None:
         self._write_end.close()
+        # What a process said last, it said to explain its end. One that it left behind may hold the other end open.
+        await asyncio.wait([self._reading], timeout=_SECONDS_TO_READ)
         assert self._transport is not None
         self._transport.close()
         self._reading.cancel()
