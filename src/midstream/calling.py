@@ -10,9 +10,12 @@ import difflib
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from midstream.call_text import CallFault, read_call
-from midstream.crossing import images_in, plain_json
+from midstream.crossing import CrossingError, images_in, plain_json
+from midstream.crossing.values import LONGEST_ANSWER
 from midstream.tools import RowTools, ToolSet
 from midstream.types import Call, ExecutionError, ExecutionResult, ToolCall
 
@@ -37,7 +40,14 @@ async def run_tool_call(call: Call, tools: RowTools, known: ToolSet) -> Executio
     made = await tools.call_json(request.name, request.arguments)
     if made.error is not None:
         return _failed(made.error, made.duration, made)
-    text, images = _shown(made), tuple(images_in(made.value))
+    try:
+        if _is_too_long(made.value):
+            error = ExecutionError("ValueError", f"{made.name}() returned more than {LONGEST_ANSWER} bytes")
+            return _failed(error, made.duration, replace(made, value=None, error=error))
+        text, images = _shown(made), tuple(images_in(made.value))
+    except CrossingError as fault:  # it would be larger unpacked, say: what a tool returns is the tool's
+        error = ExecutionError("TypeError", f"{made.name}() returned what cannot be shown: {fault}")
+        return _failed(error, made.duration, replace(made, value=None, error=error))
     return ExecutionResult(text, value=text, duration=made.duration, tool_calls=(made,), media=images)
 
 
@@ -45,6 +55,11 @@ def _failed(error: ExecutionError, duration: float, made: ToolCall | None = None
     # What is wrong with the call itself is told without a type: the model did not ask for an exception.
     text = f"Error: {error.message}" if made is None else f"Error: {error.type}: {error.message}".rstrip(" :")
     return ExecutionResult(text, error=error, duration=duration, tool_calls=() if made is None else (made,))
+
+
+def _is_too_long(value: Any) -> bool:
+    """Whether it has more JSON than an answer to code may have."""
+    return (isinstance(value, str) and len(value) > LONGEST_ANSWER) or len(json.dumps(value)) > LONGEST_ANSWER
 
 
 def _shown(made: ToolCall) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from midstream import Generator, Limits, PolicyEngine, Prompt, SandboxPool, ScriptedEngine, Trajectory, tool
 from midstream.engines.base import RowRequest
@@ -118,6 +121,34 @@ def test_what_is_wrong_with_a_call_is_told_to_the_model_and_the_row_goes_on(writ
     assert row.calls[0].result is not None
     assert row.calls[0].result.error is not None
     assert row.text.endswith("Oh.<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (np.zeros(3_000_000), "ValueError: give() returned more than 16777216 bytes"),
+        ("x" * (16 << 20) + "x", "ValueError: give() returned more than 16777216 bytes"),
+        (["é" * (3 << 20)], "ValueError: give() returned more than 16777216 bytes"),
+        (np.zeros((0, 1 << 25)), "TypeError: give() returned what cannot be shown: an array whose shape"),
+        (Decimal("1" * 20_000), "TypeError: give() returned what cannot be shown: "),
+        (Image.new("RGB", (4000, 4000)), "TypeError: give() returned what cannot be shown: its arrays and images are"),
+        (Image.new("F", (2, 2)), "TypeError: give() returned what cannot be shown: an image that cannot be made a"),
+    ],
+    ids=["array", "text", "escapes", "shape", "decimal", "image", "mode"],
+)
+def test_what_a_tool_returns_that_cannot_be_shown_is_the_tools_error(value: object, text: str) -> None:
+    def give() -> object:
+        return value
+
+    row = run(said(call("give") + call("weather", city="Rome"), "Well."), tools=[give, weather])
+    (first, second) = answers(row)
+    assert first.startswith(f"Error: {text}")
+    assert second == '{"city": "Rome", "days": 1}'
+    assert row.calls[0].result is not None
+    (made,) = row.calls[0].result.tool_calls
+    assert made.value is None
+    assert made.error == row.calls[0].result.error
+    assert row.stop.kind is StopKind.END_OF_SEQUENCE
 
 
 def test_arguments_may_be_json_within_json_and_texts_are_shown_as_they_are() -> None:

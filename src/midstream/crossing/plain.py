@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from midstream.crossing.texts import CrossingError
 from midstream.crossing.values import TAG, from_json, to_json
 from midstream.types import IMAGE_SIGNATURES, Media
 
@@ -43,7 +44,10 @@ def plain_json(value: Any) -> Any:
 
 
 def images_in(value: Any) -> list[Media]:
-    """The images in what :func:`~midstream.crossing.to_json` gave, in order; pixels as PNG files."""
+    """The images in what :func:`~midstream.crossing.to_json` gave, in order; pixels as PNG files.
+
+    Raises :class:`~midstream.crossing.CrossingError` for a malformed value, and for an image that is no PNG's.
+    """
     if isinstance(value, list):
         return [image for item in value for image in images_in(item)]
     if not isinstance(value, dict):
@@ -60,7 +64,10 @@ def images_in(value: Any) -> list[Media]:
 
 def _as_file(image: Any) -> Media:
     file = io.BytesIO()
-    image.save(file, "PNG")
+    try:
+        image.save(file, "PNG")
+    except OSError as error:
+        raise CrossingError(f"an image that cannot be made a file: {error}") from None
     return Media("image/png", file.getvalue())
 
 

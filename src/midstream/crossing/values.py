@@ -33,6 +33,9 @@ MAXIMUM_DEPTH = 90
 MAXIMUM_BYTES = 16 << 20
 """Bytes that the arrays and images of one reading may have in all."""
 
+LONGEST_ANSWER = 16 << 20
+"""Bytes of the JSON of what a tool gives, to code or to a call that is JSON itself."""
+
 _PLAIN = frozenset({str, bool, type(None)})
 _SMALL = 1 << 63
 _HEX = re.compile(r"-?0x[0-9a-f]+")

@@ -17,6 +17,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from midstream.crossing.values import LONGEST_ANSWER
 from midstream.errors import SandboxProtocolError
 from midstream.sandbox import protocol
 from midstream.sandbox.limits import SandboxLimits
@@ -24,7 +25,6 @@ from midstream.sandbox.text import cut_middle, printable, too_long
 from midstream.types import IMAGE_SIGNATURES, ExecutionError, Media, ToolCall
 
 _INTERRUPTS_PER_GRACE = 4
-_LONGEST_ANSWER = 16 << 20
 _LIMITS_THAT_KILL = {
     "memory": "there was no more memory for it",
     "cpu_time": "the session had used up its processor time",
@@ -270,9 +270,9 @@ class Conversation:
         except (TypeError, ValueError, RecursionError) as error:
             name = self._open_call().request.name
             return self.fail("TypeError", f"{name}() returned what is not JSON: {error}", now)
-        if len(frame) > _LONGEST_ANSWER:
+        if len(frame) > LONGEST_ANSWER:
             name = self._open_call().request.name
-            return self.fail("ValueError", f"{name}() returned more than {_LONGEST_ANSWER} bytes", now)
+            return self.fail("ValueError", f"{name}() returned more than {LONGEST_ANSWER} bytes", now)
         # Recorded as it crossed: a tuple as a list, and no object that the tool goes on changing.
         self._record(now, value=json.loads(frame[4:])["value"], cached=cached, batched=batched)
         return self._resume(frame, now)
