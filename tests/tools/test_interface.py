@@ -665,3 +665,13 @@ def test_a_chat_template_takes_the_schemas() -> None:
     template = jinja2.Template("{% for tool in tools %}{{ tool.function.name }}: {{ tool | tojson }}\n{% endfor %}")
     rendered = template.render(tools=ToolSet([retrieve, Adder().decorated_method]).schemas)
     assert [line.partition(":")[0] for line in rendered.splitlines()] == ["retrieve", "decorated"]
+
+
+@pytest.mark.parametrize("names", [["from"], {"from": "sender"}])
+def test_names_of_arguments_are_those_of_the_function(names: Any) -> None:
+    def mail(from_: str) -> str:
+        return from_
+
+    with pytest.raises(ConfigurationError, match="tool 'mail': argument_names="):
+        Tool("mail", mail, argument_names=names)
+    assert Tool("mail", mail, argument_names={"from": "from_"}).bind_json({"from": "Ann"}).args == ("Ann",)

@@ -21,9 +21,11 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mcp.server import Server
 
 import midstream as ms
 from midstream.errors import ConfigurationError, ProtocolError
+from midstream.tools import ToolHost
 from midstream.tools.mcp import McpToolError, McpTools, from_mcp
 from midstream.tools.mcp.connection import Connection
 from midstream.tools.mcp.schema import annotation_of, parameters, python_identifier
@@ -392,6 +394,60 @@ def test_any_schema_gives_a_signature_that_takes_its_properties(
     for name in set(required) & set(names):
         with pytest.raises(TypeError):
             taken.arguments((), {key: value for key, value in values.items() if value != name})
+
+
+def test_properties_that_are_allowed_without_a_name_are_keyword_arguments() -> None:
+    assert str(parameters({"type": "object"}).signature) == "()"
+    assert str(parameters({"type": "object", "additionalProperties": False}).signature) == "()"
+    anything = parameters({"type": "object", "additionalProperties": True})
+    assert str(anything.signature) == "(**kwargs: Any)"
+    assert anything.arguments((), {"a": 1, "max-results": 2}) == {"a": 1, "max-results": 2}
+    schema = {
+        "properties": {"from": {"type": "string"}, "kwargs": {}},
+        "required": ["from"],
+        "additionalProperties": {"type": "integer"},
+    }
+    mixed = parameters(schema)
+    assert str(mixed.signature) == "(from_: str, kwargs: Any = Ellipsis, **kwargs_2: int)"
+    assert mixed.arguments(("Ann",), {"kwargs": 1, "more": 2}) == {"from": "Ann", "kwargs": 1, "more": 2}
+    with pytest.raises(TypeError, match="multiple values for argument 'from'"):
+        mixed.arguments(("Ann",), {"from": "Bob"})
+
+
+@asynccontextmanager
+async def row_of_echo(schema: dict[str, Any]) -> Any:
+    """A row that has a server's tool of that schema, which gives back what the server was sent."""
+    from mcp.types import CallToolResult, ListToolsResult
+    from mcp.types import Tool as ServersTool
+
+    async def listed(_context: Any, _parameters: Any) -> ListToolsResult:
+        return ListToolsResult(tools=[ServersTool(name="echo", input_schema={"type": "object", **schema})])
+
+    async def called(_context: Any, given: Any) -> CallToolResult:
+        return CallToolResult(content=[], structured_content=given.arguments)
+
+    with from_mcp(Server("echo", on_list_tools=listed, on_call_tool=called)) as tools:
+        host = ToolHost(ms.ToolSet([tools]))
+        yield host.row()
+        await asyncio.to_thread(host.close)
+
+
+async def test_calls_in_json_name_the_properties_of_the_schema() -> None:
+    properties = {"from": {"type": "string"}, "max-results": {"type": "integer"}, "class": {"type": "string"}}
+    async with row_of_echo({"properties": properties, "required": ["from"]}) as row:
+        sent = {"from": "Ann", "max-results": 2, "class": "long"}
+        for arguments in (sent, {"from_": "Ann", "max_results": 2, "class_": "long"}):
+            made = await row.call_json("echo", arguments)
+            assert (made.value, made.keyword_arguments) == (sent, arguments)
+        twice = await row.call_json("echo", {"from": "Ann", "from_": "Bob"})
+        assert twice.error == ms.ExecutionError("TypeError", "echo() got multiple values for argument 'from_'")
+        assert (await row.call("echo", ["Ann"], {"max_results": 1})).value == {"from": "Ann", "max-results": 1}
+
+
+async def test_a_tool_of_any_properties_is_called_with_any() -> None:
+    async with row_of_echo({"additionalProperties": True}) as row:
+        assert (await row.call_json("echo", {"x": 1, "max-results": 2})).value == {"x": 1, "max-results": 2}
+        assert (await row.call("echo", (), {"x": 1})).value == {"x": 1}
 
 
 @given(st.lists(st.text(max_size=8), max_size=6))

@@ -10,7 +10,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from inspect import Parameter
 from typing import Any
 
 from midstream.crossing import CrossingError, describe_exception, to_json
@@ -157,19 +156,12 @@ class RowTools:
     async def call_json(self, name: str, arguments: Mapping[str, Any]) -> ToolCall:
         """A call with arguments by name that came as JSON, and what became of it: all that there is to record.
 
-        Values are made what the annotations say (texts dates, say), and one that does not fit is a TypeError that
-        says which and why. Never raises for what a tool did. ``started`` is left at 0.
+        The names are those of the parameters, or of the properties of the tool's schema. Values are made what the
+        annotations say (texts dates, say), and one that does not fit is a TypeError that says which and why. Never
+        raises for what a tool did. ``started`` is left at 0.
         """
         began = time.monotonic()
-
-        def bind(tool: Tool) -> Any:
-            named = dict(arguments)
-            parameters = tool.interface.signature.parameters.values() if tool.interface.signature else ()
-            unnamed = [one.name for one in parameters if one.kind is Parameter.POSITIONAL_ONLY and one.name in named]
-            positional = [named.pop(name) for name in unnamed]
-            return tool.interface.bind(positional, named, from_json=True)
-
-        answer = await self._answered(name, bind)
+        answer = await self._answered(name, lambda tool: tool.bind_json(arguments))
         return ToolCall(
             name,
             keyword_arguments=_recorded(arguments),

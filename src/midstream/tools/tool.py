@@ -48,6 +48,8 @@ class Tool:
       must be one that can be pickled, and what is counted or remembered is so for each node by itself. On one
       machine it is the same.
     - ``parameters``: the JSON schema of the arguments, in place of the one that the annotations give.
+    - ``argument_names``: from properties of that schema to the parameters that they are, where the two have not
+      one name (``{"from": "from_"}``): calls in JSON may use either.
 
     Raises :class:`~midstream.errors.ConfigurationError` naming the option that cannot work.
     """
@@ -67,6 +69,7 @@ class Tool:
     per_row: bool = False
     place: Place = "caller"
     parameters: Mapping[str, Any] | None = None
+    argument_names: Mapping[str, str] | None = None
     interface: Interface = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -121,6 +124,11 @@ class Tool:
                 one.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for one in parameters
             )
             self._require(known, "batched", "needs a function with a signature, without *args and **kwargs")
+        names = {} if self.argument_names is None else self.argument_names
+        known = isinstance(names, Mapping) and (
+            interface.signature is None or all(name in interface.signature.parameters for name in names.values())
+        )
+        self._require(known, "argument_names", "must be a mapping from properties to parameters of the function")
 
     @property
     def takes_contexts(self) -> bool:
@@ -153,6 +161,22 @@ class Tool:
         text = self.interface.docstring.text
         return {"type": "function", "function": {"name": self.name, "description": text, "parameters": parameters}}
 
+    def bind_json(self, arguments: Mapping[str, Any]) -> inspect.BoundArguments:
+        """The arguments of a call in JSON, by parameter. Raises TypeError where they do not fit."""
+        named: dict[str, Any] = {}
+        names = self.argument_names or {}
+        for name, value in arguments.items():
+            parameter = names.get(name, name)
+            if parameter in named:
+                raise TypeError(f"{self.name}() got multiple values for argument {parameter!r}")
+            named[parameter] = value
+        parameters = self.interface.signature.parameters.values() if self.interface.signature else ()
+        unnamed = [
+            one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_ONLY and one.name in named
+        ]
+        positional = [named.pop(name) for name in unnamed]
+        return self.interface.bind(positional, named, from_json=True)
+
     @cached_property
     def offer(self) -> Offer:
         """As the code in a sandbox is told of it."""
@@ -180,6 +204,7 @@ def tool(
     per_row: bool = False,
     place: Place = "caller",
     parameters: Mapping[str, Any] | None = None,
+    argument_names: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., Any]], Tool]: ...
 
 

@@ -129,5 +129,6 @@ def _tool(connection: Connection, name: str, described: Any, options: Mapping[st
     function.__doc__ = docstring(described.description, taken)
     function.__annotations__ = {}
     function.__signature__ = taken.signature  # type: ignore[attr-defined]
-    schema = {"parameters": dict(described.input_schema), **options}
+    names = {each: parameter for parameter, each in taken.properties.items() if each != parameter}
+    schema = {"parameters": dict(described.input_schema), "argument_names": names, **options}
     return Tool(name, function, **schema)

@@ -28,6 +28,8 @@ class Parameters:
     """From the parameter's name to the property's: they differ where a property's is no Python name."""
     documentation: Mapping[str, str]
     """A line on each parameter that the schema describes."""
+    others: str | None = None
+    """The parameter (``**kwargs``) that takes properties which the schema allows without naming them."""
 
     def arguments(self, positional: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
         """The object that the server is sent: what was given, and nothing that was left out.
@@ -35,13 +37,20 @@ class Parameters:
         Raises TypeError, in Python's words, for arguments that do not fit the signature.
         """
         bound = self.signature.bind(*positional, **named)
-        return {self.properties[name]: value for name, value in bound.arguments.items()}
+        others = bound.arguments.pop(self.others, {}) if self.others is not None else {}
+        given = {self.properties[name]: value for name, value in bound.arguments.items()}
+        for name, value in others.items():
+            if name in given:  # such as from_=1, **{"from": 2}
+                raise TypeError(f"got multiple values for argument {name!r}")
+            given[name] = value
+        return given
 
 
 def parameters(schema: Mapping[str, Any], output_schema: Mapping[str, Any] | None = None) -> Parameters:
     """The parameters of a tool whose input is described by ``schema``: the required ones first.
 
-    A parameter that may be left out has the schema's default, or ``...``. ``output_schema`` gives what is returned.
+    A parameter that may be left out has the schema's default, or ``...``. Where the schema says that there may be
+    more properties, there is a ``**kwargs`` for them. ``output_schema`` gives what is returned.
     """
     properties: Mapping[str, Any] = schema.get("properties") or {}
     required = [name for name in schema.get("required") or () if name in properties]
@@ -62,10 +71,15 @@ def parameters(schema: Mapping[str, Any], output_schema: Mapping[str, Any] | Non
         text = described.get("description")
         if isinstance(text, str) and text.strip():
             documentation[python_name] = " ".join(text.split())
+    others = None
+    more = schema.get("additionalProperties")
+    if more is True or isinstance(more, Mapping):  # where it is not said, none are meant
+        others = python_identifier("kwargs", names)
+        found.append(inspect.Parameter(others, inspect.Parameter.VAR_KEYWORD, annotation=annotation_of(more, schema)))
     returned = inspect.Signature.empty
     if output_schema is not None:
         returned = annotation_of(wrapped_result(output_schema) or output_schema, output_schema)
-    return Parameters(inspect.Signature(found, return_annotation=returned), names, documentation)
+    return Parameters(inspect.Signature(found, return_annotation=returned), names, documentation, others)
 
 
 def wrapped_result(output_schema: Mapping[str, Any] | None) -> Any:
