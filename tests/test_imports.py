@@ -19,7 +19,7 @@ HEAVY = ("torch", "transformers", "ray", "vllm", "numpy")
 
 # Each room may import from itself, and from the rooms of the layers above its own.
 LAYERS = [
-    {"errors", "types", "crossing", "observing"},
+    {"errors", "checks", "types", "crossing", "observing"},
     {
         "tokenizer_kinds",
         "vocabulary",

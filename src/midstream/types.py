@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import enum
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, get_args
 
-from midstream.errors import ConfigurationError
+from midstream import checks
 
 LogprobKind = Literal["raw", "processed"]
 """``raw``: under the model as it is. ``processed``: after temperature and filters."""
 
 Role = Literal["system", "user", "assistant", "tool"]
-
-
-def _require(condition: bool, field_name: str, value: object, wanted: str) -> None:
-    if not condition:
-        raise ConfigurationError(f"{field_name}={value!r}: {wanted}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,46 +113,42 @@ class Limits:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "max_total_tokens", "max_result_tokens", "max_result_characters"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"Limits.{name}", value, "must be at least 1")
-        for name in ("max_tool_calls", "reserve_tokens"):
-            value = getattr(self, name)
-            _require(value is None or value >= 0, f"Limits.{name}", value, "must not be negative")
-        _require(
-            self.time_limit is None or self.time_limit > 0,
-            "Limits.time_limit",
-            self.time_limit,
-            "must be more than 0 seconds",
-        )
-        _require(
+        for name, (least, optional) in _COUNTS.items():
+            count = checks.integer(f"Limits.{name}", getattr(self, name), least, optional=optional)
+            object.__setattr__(self, name, count)
+        if self.time_limit is not None:
+            wanted = "must be a number of seconds over 0, or None"
+            seconds = checks.number("Limits.time_limit", self.time_limit, lambda value: value > 0, wanted)
+            object.__setattr__(self, "time_limit", seconds)
+        checks.require(
             self.at_tool_call_limit in ("tell", "stop"),
             "Limits.at_tool_call_limit",
             self.at_tool_call_limit,
             "must be 'tell' or 'stop'",
         )
-        _require(
-            not isinstance(self.stop_strings, str),
-            "Limits.stop_strings",
-            self.stop_strings,
-            "must be a sequence of strings, not one string",
-        )
-        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
-        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
-        for stop_string in self.stop_strings:
-            _require(
-                isinstance(stop_string, str) and stop_string != "",
-                "Limits.stop_strings",
-                self.stop_strings,
-                "must hold non-empty strings",
-            )
-        for stop_id in self.stop_ids:
-            _require(
-                isinstance(stop_id, int) and stop_id >= 0,
-                "Limits.stop_ids",
-                self.stop_ids,
-                "must hold token ids (integers from 0)",
-            )
+        checks.flag("Limits.count_injected", self.count_injected)
+        checks.flag("Limits.ignore_eos", self.ignore_eos)
+        stop_strings = checks.items("Limits.stop_strings", self.stop_strings, "strings")
+        for text in stop_strings:
+            fits = isinstance(text, str) and text != ""
+            checks.require(fits, "Limits.stop_strings", stop_strings, "must hold non-empty strings")
+        object.__setattr__(self, "stop_strings", stop_strings)
+        stop_ids = [
+            checks.integer("Limits.stop_ids[]", item, 0)
+            for item in checks.items("Limits.stop_ids", self.stop_ids, "token ids")
+        ]
+        object.__setattr__(self, "stop_ids", tuple(stop_ids))
+
+
+# The least that each may be, and whether it may be None.
+_COUNTS = {
+    "max_new_tokens": (1, True),
+    "max_total_tokens": (1, True),
+    "max_tool_calls": (0, True),
+    "max_result_tokens": (1, False),
+    "max_result_characters": (1, False),
+    "reserve_tokens": (0, False),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,14 +165,21 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.temperature >= 0, "Sampling.temperature", self.temperature, "must not be negative")
-        _require(self.top_k >= 0, "Sampling.top_k", self.top_k, "must be 0 (off) or more")
-        _require(0 < self.top_p <= 1, "Sampling.top_p", self.top_p, "must be over 0 and at most 1 (off)")
-        _require(0 <= self.min_p < 1, "Sampling.min_p", self.min_p, "must be from 0 (off) to under 1")
+        for name, (fits, wanted) in _RANGES.items():
+            value = checks.number(f"Sampling.{name}", getattr(self, name), fits, wanted)
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "top_k", checks.integer("Sampling.top_k", self.top_k, 0))
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+_RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: value >= 0, "must be a number of at least 0 (greedy)"),
+    "top_p": (lambda value: 0 < value <= 1, "must be a number over 0 and at most 1 (off)"),
+    "min_p": (lambda value: 0 <= value < 1, "must be a number from 0 (off) to under 1"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +188,12 @@ class Message:
 
     role: Role
     content: str
+
+    def __post_init__(self) -> None:
+        for name in ("role", "content"):
+            checks.instance(f"Prompt.messages[].{name}", getattr(self, name), str)
+        known = self.role in get_args(Role)
+        checks.require(known, "Prompt.messages[].role", self.role, "must be 'system', 'user', 'assistant' or 'tool'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,36 +226,32 @@ class Prompt:
 
     def __post_init__(self) -> None:
         given = [name for name in ("ids", "text", "messages") if getattr(self, name) is not None]
-        _require(len(given) == 1, "Prompt", given, "give exactly one of ids, text and messages")
+        checks.require(len(given) == 1, "Prompt", given, "give exactly one of ids, text and messages")
         if self.ids is not None:
-            object.__setattr__(self, "ids", tuple(_token_id(item) for item in self.ids))
+            object.__setattr__(self, "ids", checks.token_ids("Prompt.ids", self.ids))
+        for name in ("text", "id", "group"):
+            checks.instance(f"Prompt.{name}", getattr(self, name), str, optional=True)
         if self.messages is not None:
-            object.__setattr__(self, "messages", tuple(_message(item) for item in self.messages))
-            _require(len(self.messages) > 0, "Prompt.messages", self.messages, "must not be empty")
-
-
-def _token_id(item: SupportsIndex) -> int:
-    try:
-        return operator.index(item)
-    except TypeError:
-        raise ConfigurationError(f"Prompt.ids: holds {item!r}; token ids are integers") from None
+            messages = checks.items("Prompt.messages", self.messages, "messages")
+            object.__setattr__(self, "messages", tuple(_message(item) for item in messages))
+            checks.require(len(messages) > 0, "Prompt.messages", self.messages, "must not be empty")
+        checks.instance("Prompt.metadata", self.metadata, Mapping)
+        checks.json_value("Prompt.metadata", self.metadata)
+        object.__setattr__(self, "seed", checks.integer("Prompt.seed", self.seed, optional=True))
+        checks.instance("Prompt.limits", self.limits, Limits, optional=True)
+        object.__setattr__(self, "media", checks.items("Prompt.media", self.media, "Media"))
+        for item in self.media:
+            checks.instance("Prompt.media[]", item, Media)
+        checks.flag("Prompt.open_block", self.open_block)
 
 
 def _message(item: Message | Mapping[str, str]) -> Message:
     if isinstance(item, Message):
         return item
-    unknown = sorted(set(item) - {"role", "content"})
-    _require(not unknown, "Prompt.messages", unknown, "a message has just 'role' and 'content'")
-    for key in ("role", "content"):
-        _require(isinstance(item.get(key), str), f"Prompt.messages[].{key}", item.get(key), "must be a string")
-    role = item["role"]
-    _require(
-        role in ("system", "user", "assistant", "tool"),
-        "Prompt.messages[].role",
-        role,
-        "must be 'system', 'user', 'assistant' or 'tool'",
-    )
-    return Message(role=role, content=item["content"])  # type: ignore[arg-type]  # checked just above
+    checks.instance("Prompt.messages[]", item, Mapping)
+    unknown = sorted(map(str, set(item) - {"role", "content"}))
+    checks.require(not unknown, "Prompt.messages", unknown, "a message has just 'role' and 'content'")
+    return Message(role=item.get("role"), content=item.get("content"))  # type: ignore[arg-type]  # it looks itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,7 +394,9 @@ class Segment:
 
     def __post_init__(self) -> None:
         lengths = {len(self.ids), len(self.logprobs), len(self.weight_versions)}
-        _require(len(lengths) == 1, "Segment", sorted(lengths), "ids, logprobs and weight_versions differ in length")
+        checks.require(
+            len(lengths) == 1, "Segment", sorted(lengths), "ids, logprobs and weight_versions differ in length"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ def test_prompts_that_cannot_be(no_weights: Path, tmp_path: Path, lines: list[ob
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max-new-tokens", "0"], "Limits.max_new_tokens=0: must be at least 1"),
+        (["--max-new-tokens", "0"], "Limits.max_new_tokens=0: must be an integer of at least 1, or None"),
         (["--max-new-tokens", "many"], "'--max-new-tokens'"),
         (["--max-total-tokens", "3"], "no room is left to generate"),
         (["--max-tool-calls", "-1"], "Limits.max_tool_calls=-1"),

@@ -130,6 +130,14 @@ def test_logprobs_come_back_to_the_bit(logprobs: list[float]) -> None:
 # --- what cannot be written ------------------------------------------------------------------------------
 
 
+def prompt_with(value: Any) -> Prompt:
+    """Its metadata became what it may not be after the prompt was made."""
+    metadata: dict[str, Any] = {}
+    prompt = Prompt(text="Hi", metadata=metadata)
+    metadata["a"] = value
+    return prompt
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_are_refused(number: float) -> None:
     segment = types.Segment("generated", (72,), (number,), (0,), "i")
@@ -137,7 +145,7 @@ def test_numbers_that_are_not_finite_are_refused(number: float) -> None:
         ({"segments": (segment,)}, "segments"),
         ({"reward": number}, "reward"),
         ({"duration": number}, "duration"),
-        ({"prompt": Prompt(text="Hi", metadata={"a": [number]})}, r"prompt\.metadata\.a\[0\]"),
+        ({"prompt": prompt_with([number])}, r"prompt\.metadata\.a\[0\]"),
         ({"calls": (CallRecord(Call(0, "", 1), ExecutionResult("", duration=number)),)}, "duration"),
     ]:
         with pytest.raises(RecordError, match=place):
@@ -149,7 +157,7 @@ def test_numbers_that_are_not_finite_are_refused(number: float) -> None:
 @pytest.mark.parametrize("value", [b"bytes", {1: 2}, {"a": {3, 4}}, object()])
 def test_metadata_that_json_lacks_is_refused(value: Any) -> None:
     with pytest.raises(RecordError, match=r"prompt\.metadata"):
-        Record.of(simple_trajectory(prompt=Prompt(text="Hi", metadata={"a": value})), tokenizer("o200k"))
+        Record.of(simple_trajectory(prompt=prompt_with(value)), tokenizer("o200k"))
 
 
 def test_what_a_tool_said_is_never_a_reason_to_lose_a_trajectory() -> None:
