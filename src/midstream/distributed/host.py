@@ -57,7 +57,7 @@ class SandboxHost:
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._pool = SandboxPool(**options, observers=[_observe])
         self._sessions: dict[str, Session] = {}
-        self._last: dict[str, asyncio.Task[None]] = {}
+        self._orders: dict[str, list[asyncio.Task[None]]] = {}
         self._running: dict[str, int] = {}
         self._calls = itertools.count()
         self._tool_hosts: dict[int, asyncio.Task[ToolHost]] = {}
@@ -81,8 +81,10 @@ class SandboxHost:
             elif isinstance(order, Close):
                 self._close(order.session)
             else:
-                earlier = self._last.get(order.session)
-                self._last[order.session] = asyncio.create_task(self._carry_out(order, earlier))
+                orders = self._orders.setdefault(order.session, [])
+                task = asyncio.create_task(self._carry_out(order, orders[-1] if orders else None))
+                orders.append(task)
+                task.add_done_callback(orders.remove)
 
     async def collect(self) -> list[News]:
         """What has come of the orders since the last call; waits until there is something."""
@@ -93,7 +95,7 @@ class SandboxHost:
 
     async def stop(self) -> None:
         """End all sessions and the fork server."""
-        for session in list(self._sessions):
+        for session in {*self._sessions, *self._orders}:
             self._close(session)
         for task in self._tool_hosts.values():
             if task.done() and not task.cancelled() and task.exception() is None:
@@ -175,13 +177,13 @@ class SandboxHost:
         return call_tool
 
     def _close(self, name: str) -> None:
-        task = self._last.pop(name, None)
+        orders = self._orders.pop(name, [])
         session = self._sessions.pop(name, None)
         self._running.pop(name, None)
         own = self._row_tools.pop(name, None)
         if own is not None:
             own[2].close()
-        if task is not None and not task.done():
+        for task in orders:
             task.cancel()
             task.add_done_callback(lambda _: self._close(name))  # it may have opened the session meanwhile
         if session is not None:

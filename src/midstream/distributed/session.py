@@ -193,12 +193,19 @@ class RaySession:
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ConfigurationError(f"n={n!r}: must be an integer of at least 1")
         names: list[str] = []
+        host: Host | None = None
 
         def order(number: int) -> Order:
-            names[:] = [secrets.token_hex(8) for _ in range(n)]
+            nonlocal host
+            host, names[:] = self._host, [secrets.token_hex(8) for _ in range(n)]
             return Fork(number, self._name, tuple(names))
 
-        yield from self._carried_out(order)
+        try:
+            yield from self._carried_out(order)
+        except BaseException:  # also where nobody waits for the copies any more
+            if host is not None:
+                host.order([Close(name) for name in names], None)
+            raise
         copies = []
         if self._host is not None:
             self._pool.join(self._host, n)
@@ -308,6 +315,7 @@ class RaySession:
             value: _T = end.value
             return value
         except BaseException as error:
+            steps.close()
             self._recover(error)
             raise
         finally:
@@ -331,6 +339,7 @@ class RaySession:
             value: _T = end.value
             return value
         except BaseException as error:
+            steps.close()
             self._recover(error)
             raise
         finally:
