@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 import midstream as ms
-from midstream.errors import ConfigurationError
-from midstream.integrations.trl import CodeEnvironment, Rollouts, recorded_reward
+from midstream.errors import ConfigurationError, ProtocolError
+from midstream.integrations.trl import CodeEnvironment, Rollouts, SandboxFault, recorded_reward
 from midstream.records import read_records, verify
 
 pytestmark = [
@@ -270,3 +271,21 @@ def test_an_interpreter_for_the_trainers_own_loop(pool: ms.SandboxPool) -> None:
     first.close()
     second.close()
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_that_loop_shows_the_model_what_its_call_got_wrong_and_no_fault_of_the_sandbox() -> None:
+    pool = ms.SandboxPool(preload=[])
+    environment = CodeEnvironment(pool)
+    with pytest.raises(TypeError, match="must be a string"):
+        environment.run_python(code=5)  # type: ignore[arg-type]
+    pool.close()
+    trainer: Any = SimpleNamespace(
+        max_tool_calling_iterations=1,
+        _sync_tool_dicts=[{"run_python": environment.run_python}],
+        _async_tool_dicts=[{}],
+    )
+    call = {"type": "function", "function": {"name": "run_python", "arguments": {"code": "1"}}}
+    said = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(SandboxFault, match="closed") as raised:
+        GRPOTrainer._tool_call_loop(trainer, [[]], [[1]], [[2]], [said], None, None, {})
+    assert isinstance(raised.value.__cause__, ProtocolError)

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from midstream.engines.base import Engine
-from midstream.errors import ConfigurationError, EngineError
+from midstream.errors import ConfigurationError, EngineError, MidstreamError
 from midstream.generation import Generator
 from midstream.integrations.completions import Completion
 from midstream.jobs import Reward
@@ -231,12 +231,21 @@ def recorded_reward(trajectory: Sequence[Trajectory], **_columns: Any) -> list[f
     return [float(row.reward) for row in trajectory if row.reward is not None]
 
 
+class SandboxFault(BaseException):
+    """A sandbox failed, not the code that ran in it; the fault is its ``__cause__``.
+
+    No ``Exception``: those TRL's loop shows to the model as the result of its call, and trains on.
+    """
+
+
 class CodeEnvironment:
     """A stateful interpreter for TRL's own loop over tools: ``GRPOTrainer(environment_factory=factory)``.
 
     The model calls ``run_python`` as its chat template has it; each rollout has an interpreter of its own, in the
     sandbox. Ids and masks are then TRL's: it renders and tokenises the results itself, runs tools one turn at a time
     for the whole batch, and drops a result that is too long. Where that matters, use :class:`Rollouts`.
+
+    A fault of the sandbox ends training with :class:`SandboxFault`: that loop has no other way to leave a rollout out.
 
     ``functools.partial(CodeEnvironment, pool)`` is a factory.
     """
@@ -259,9 +268,14 @@ class CodeEnvironment:
         Returns:
             What was printed, and the value or the error.
         """
-        if self._session is None:
-            self._session = self._pool.session()
-        return str(self._session.run(code).text)
+        if not isinstance(code, str):
+            raise TypeError(f"code must be a string, not {type(code).__name__}")
+        try:
+            if self._session is None:
+                self._session = self._pool.session()
+            return str(self._session.run(code).text)
+        except MidstreamError as error:
+            raise SandboxFault(str(error)) from error
 
     def close(self) -> None:
         """End the interpreter."""
