@@ -6,13 +6,17 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import midstream as ms
+from midstream.distributed.host import SandboxHost
+from midstream.distributed.messages import HostReport
 from midstream.distributed.ray import RayPool
 from midstream.errors import ConfigurationError, IsolationError, ProtocolError, SandboxError, SandboxFileError
 from midstream.testing import check_sandbox
@@ -288,17 +292,57 @@ def test_wrong_options_are_refused_before_anything_starts() -> None:
 
 
 def test_where_no_node_can_isolate_it_says_why() -> None:
-    pool = RayPool()
+    pool = RayPool(start_timeout=0.1)
+    pool._wanted = frozenset({"a-node"})
     pool._refused["a-node"] = "landlock: this kernel has none"
     with pytest.raises(IsolationError, match="this kernel has none"):
         pool.place()
-    pool.close()
-    pool = RayPool(start_timeout=0.1)
+    pool._wanted |= {"another"}  # which has lost its host, or is starting one
     with pytest.raises(SandboxError, match=r"no host of sandboxes was ready within 0\.1 s$"):
         pool.place()
     pool._failure = "; on node a-node: ModuleNotFoundError: No module named 'midstream'"
     with pytest.raises(SandboxError, match=r"within 0\.1 s; on node a-node: ModuleNotFoundError"):
         pool.place()
+
+
+def test_who_has_waited_for_a_place_waits_for_a_host_in_place_of_the_last_one() -> None:
+    pool = RayPool(start_timeout=200.0)
+    long_ago = time.monotonic() - 1000
+    pool._last_lost = time.monotonic()
+    pool._check_hope(long_ago)
+    pool._last_lost = long_ago
+    with pytest.raises(SandboxError, match="no host of sandboxes was ready"):
+        pool._check_hope(long_ago)
+    pool.close()
+
+
+def test_a_start_that_fails_is_tried_again(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short of something for a moment, a node is not one that cannot isolate."""
+    tried = tmp_path / "tried"
+
+    class Short(SandboxHost):
+        async def start(self) -> HostReport:
+            try:
+                tried.touch(exist_ok=False)
+            except FileExistsError:
+                return await super().start()
+            raise OSError("too many open files")
+
+    monkeypatch.setattr("midstream.distributed.pool.SandboxHost", Short)
+    with RayPool(preload=[], watch_interval=0.2, start_timeout=300) as pool, pool.session() as session:
+        assert session.run("1 + 1").text == "2"
+        eventually(lambda: len(pool.nodes) == len(pool._wanted) > 0)
+        assert pool._refused == {}
+        assert "OSError: too many open files" in pool._failure
+
+
+@pytest.mark.parametrize("level", ["weak", "container", "full"])
+def test_the_level_is_the_weakest_of_all(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = RayPool()
+    monkeypatch.setattr(pool, "start", lambda: pool)
+    hosts = [SimpleNamespace(level=one) for one in ("full", level)]
+    monkeypatch.setattr(pool, "_placement", SimpleNamespace(hosts=hosts))
+    assert pool.report.level == level
 
 
 def test_use_out_of_turn_is_refused(pool: RayPool) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import secrets
 import threading
 import time
@@ -38,6 +39,7 @@ from midstream.tools import Tool
 logger = logging.getLogger(__name__)
 
 _TOOL_SETS = itertools.count()
+_WEAKEST_FIRST = ("weak", "container", "full")
 _LOOK_AGAIN = 1.0  # seconds that a session waits for a place before it looks whether any can come
 
 
@@ -109,8 +111,10 @@ class RayPool:
         self._closed = False
         # On the loop's thread.
         self._hosts: dict[HostName, Host] = {}
+        self._wanted: frozenset[str] = frozenset()  # the nodes that are to have hosts, when they were last looked at
         self._refused: dict[str, str] = {}
         self._failure = ""
+        self._last_lost = -math.inf
         self._starting: set[HostName] = set()
 
     # --- the face of a pool
@@ -142,8 +146,7 @@ class RayPool:
         """What holds, after :meth:`start`."""
         self.start()
         hosts = self._placement.hosts
-        level = "full" if all(host.level == "full" for host in hosts) else "container"
-        return RayReport(level, len(hosts))
+        return RayReport(min((host.level for host in hosts), key=_WEAKEST_FIRST.index), len(hosts))
 
     @property
     def nodes(self) -> list[str]:
@@ -272,9 +275,10 @@ class RayPool:
             raise SandboxError(CLUSTER_GONE)
         if self._placement.hosts:
             return
-        if self._refused and not self._starting:
-            raise IsolationError("; ".join(self._refused.values()))
-        if time.monotonic() - since > self._start_timeout:
+        if self._wanted and self._wanted <= self._refused.keys():
+            raise IsolationError("; ".join(self._refused[node] for node in sorted(self._wanted)))
+        # Whoever has waited for long already waits for a host in place of the last one no less.
+        if time.monotonic() - max(since, self._last_lost) > self._start_timeout:
             raise SandboxError(f"no host of sandboxes was ready within {self._start_timeout:g} s{self._failure}")
 
     # --- on the loop
@@ -283,6 +287,7 @@ class RayPool:
         if self._hosts.get(host.name) is host:
             del self._hosts[host.name]
         self._placement.remove(host)
+        self._last_lost = time.monotonic()
         if not self._closed:
             logger.warning("sandboxes of node %s are lost (%s); their sessions are rebuilt", host.node_id, error)
         end_actor(host.actor)
@@ -298,10 +303,11 @@ class RayPool:
             except Exception as error:  # noqa: BLE001  # the cluster may be away for a moment
                 logger.warning("the cluster's nodes are not to be had: %s", error)
                 nodes = []
+            alive = frozenset(node["NodeID"] for node in nodes if node["Alive"])
+            self._wanted = alive if self._node_ids is None else alive & self._node_ids
             for node in nodes:
                 node_id = node["NodeID"]
-                wanted = self._node_ids is None or node_id in self._node_ids
-                if not node["Alive"] or not wanted or node_id in self._refused:
+                if node_id not in self._wanted or node_id in self._refused:
                     continue
                 cores = int(node["Resources"].get("CPU", 0))
                 count = 1 if self._cores_per_host is None else max(1, cores // self._cores_per_host)
@@ -337,7 +343,10 @@ class RayPool:
         except RayTaskError as error:
             cause = error.cause
             logger.warning("node %s has no sandboxes: %s", node_id, cause)
-            self._refused[node_id] = str(cause)
+            if isinstance(cause, IsolationError | ConfigurationError):
+                self._refused[node_id] = str(cause)
+            else:  # it may have been short of something for a moment; the next look at the nodes tries it again
+                self._failure = f"; on node {node_id}: {type(cause).__name__}: {cause}"
             end_actor(actor)
         except RayError as error:
             why = start_fault(error)
