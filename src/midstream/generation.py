@@ -434,7 +434,7 @@ class Generator:
 
     def _jobs(self, prompts: Sequence[PromptLike | Trajectory], n: int, listener: Listener | None = None) -> list[Job]:
         if self._closed:
-            raise ConfigurationError("this generator is closed")
+            raise ProtocolError("this generator is closed")
         if not isinstance(n, int) or n < 1:
             raise ConfigurationError(f"n={n!r}: must be an integer of at least 1")
         named = named_prompts(prompts, media=self.engine.capabilities.media)
@@ -491,7 +491,7 @@ class Generator:
         with self._claimed():
             self._begun(drive)
             if self._closed:
-                raise ConfigurationError("this generator is closed")
+                raise ProtocolError("this generator is closed")
             self._start_sandboxes()
             yield drive
 

@@ -115,7 +115,7 @@ def test_a_generators_own_pool_ends_with_it() -> None:
         assert pool is not None
     with pytest.raises(errors.ProtocolError, match="closed"):
         pool.session()
-    with pytest.raises(errors.ConfigurationError, match="closed"):
+    with pytest.raises(errors.ProtocolError, match="closed"):
         generator.generate(["p"])
     generator.close()
 

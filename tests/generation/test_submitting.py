@@ -115,7 +115,7 @@ def test_closing_cancels_what_is_under_way(held: tuple[Generator, Future[Traject
     generator.close()
     assert future.result(LONG).stop.kind is StopKind.CANCELLED
     assert not [thread for thread in threading.enumerate() if thread.name == "midstream-submitted"]
-    with pytest.raises(errors.ConfigurationError, match="closed"):
+    with pytest.raises(errors.ProtocolError, match="closed"):
         generator.submit("prompt 1")
 
 

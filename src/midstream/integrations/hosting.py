@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import itertools
 import os
 import socket
 import threading
@@ -22,13 +23,15 @@ from midstream.sandbox import SandboxPool
 from midstream.types import Limits, Prompt, Sampling, StopKind, Trajectory
 from midstream.vocabulary import Vocabulary
 
+_FILES = itertools.count(1)
+
 
 class RolloutSettings:
     """What a subclass says of its rollouts.
 
     - ``tools``, ``markup``, ``limits``: as :class:`~midstream.Generator` takes them.
     - ``sandbox``: options of :class:`~midstream.SandboxPool`.
-    - ``save_to``: a folder in which each process has a file that every trajectory is appended to, as ``midstream view``
+    - ``save_to``: a folder in which each host has a file that every trajectory is appended to, as ``midstream view``
       and ``check`` read it. None keeps none.
     """
 
@@ -142,4 +145,5 @@ def sampling_of(parameters: Mapping[str, Any], *, known: frozenset[str] = frozen
 
 def _writer(folder: str | os.PathLike[str]) -> RecordWriter:
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return RecordWriter(Path(folder) / f"rollouts-{socket.gethostname()}-{os.getpid()}.jsonl")
+    name = f"rollouts-{socket.gethostname()}-{os.getpid()}-{next(_FILES)}.jsonl"  # one process may have several hosts
+    return RecordWriter(Path(folder) / name)
