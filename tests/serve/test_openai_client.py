@@ -467,6 +467,7 @@ def test_a_field_that_cannot_be_is_named(serve: Serve, connect: Connect, options
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages[0].name"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
@@ -715,6 +716,15 @@ def test_stopping_finishes_what_runs_and_refuses_what_comes(serve: Serve, connec
         gate.opened.set()
         assert slow.result().choices[0].text == "<code>hold()</code><result>'through'</result>"
         draining.result()
+
+
+def test_a_generator_that_was_closed_is_no_fault_of_the_client_s(serve: Serve, connect: Connect) -> None:
+    served = serve()
+    served.generator.close()
+    with pytest.raises(openai.InternalServerError, match="stopping") as refused:
+        connect(served).completions.create(model="small", prompt="Q1:")
+    assert refused.value.status_code == 503
+    assert served.service.admission.rows == 0
 
 
 def test_what_is_not_done_in_time_is_cut_off(serve: Serve, connect: Connect) -> None:

@@ -192,18 +192,32 @@ def test_sessions_by_name() -> None:
     sessions = NamedSessions(60.0, 2, ended.append, clock)
     first, new = sessions.take("ann", "a")
     assert new
+    sessions.used("ann", "a")
     assert sessions.take("ann", "a") == (first, False)
     assert sessions.take("bob", "a")[0] is not first
+    sessions.used("bob", "a")
+    with pytest.raises(Refused) as refused:  # granted, and its row has not begun
+        sessions.take("ann", "a")
+    assert refused.value.status == 409
+    with pytest.raises(Refused) as refused:
+        sessions.drop("ann", "a")
+    assert refused.value.status == 409
     first.in_use = True
+    sessions.used("ann", "a")
     with pytest.raises(Refused) as refused:
         sessions.take("ann", "a")
     assert refused.value.status == 409
     clock.now = 61.0
     second, _ = sessions.take("ann", "b")  # what is in use does not grow old, bob's has
     assert len(ended) == 1
+    with pytest.raises(Refused) as refused:  # the one is in use, the other granted
+        sessions.take("ann", "c")
+    assert refused.value.status == 429
+    sessions.used("ann", "b")
     third, _ = sessions.take("ann", "c")  # in place of the one that was idle for longest
     assert ended[1:] == [second]
     third.in_use = True
+    sessions.used("ann", "c")
     with pytest.raises(Refused) as refused:
         sessions.take("ann", "d")
     assert refused.value.status == 429
@@ -214,6 +228,7 @@ def test_sessions_by_name() -> None:
     clock.now = 122.0
     assert sessions.take("ann", "a")[0] is not first
     assert sessions.take("ann", "c")[0] is third
+    sessions.used("ann", "c")
     with pytest.raises(Refused) as refused:
         sessions.drop("bob", "c")
     assert refused.value.status == 404

@@ -229,9 +229,10 @@ def _message(place: str, item: Mapping[str, Any]) -> Message:
     unknown = sorted(set(given) - {"role", "content"})
     if unknown:
         raise bad_field(f"{place}.{unknown[0]}", "a message has just role and content here", "unsupported_parameter")
-    role = _ROLES.get(given.get("role", ""))
+    named = given.get("role")
+    role = _ROLES.get(named) if isinstance(named, str) else None
     if role is None:
-        raise bad_field(f"{place}.role", f"{given.get('role')!r} is none of {', '.join(_ROLES)}", "invalid_value")
+        raise bad_field(f"{place}.role", f"{named!r} is none of {', '.join(_ROLES)}", "invalid_value")
     return Message(role, _content(f"{place}.content", given.get("content")))  # type: ignore[arg-type]  # one of theirs
 
 

@@ -156,6 +156,8 @@ class Service:
                 answering.left -= asked.rows - begun
                 answering.cancel()
                 self._settle(answering)
+            elif session is not None and asked.session is not None:
+                self.sessions.used(client, asked.session)
             raise
         return answering
 
@@ -227,8 +229,8 @@ class Service:
                 try:
                     async with self._encoding:
                         future, cancelled = await _to_its_end(submit)
-                except ProtocolError as error:
-                    raise Refused(409, str(error), code="conflict") from error
+                except ProtocolError as error:  # it is closed, or somebody else has it
+                    raise stopping() from error
                 except Exception as error:  # a chat template is a program, and refuses as it likes
                     raise _bad_prompt(error, chat=asked.chat) from error
                 answering.futures.append(future)

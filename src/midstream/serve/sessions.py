@@ -13,8 +13,15 @@ from midstream.serve.refusals import Refused
 
 @dataclass(slots=True)
 class _Named:
+    """``granted``: to a request whose row has not begun, or is not over."""
+
     session: KeptSession
     idle_since: float
+    granted: bool = True
+
+    @property
+    def busy(self) -> bool:
+        return self.granted or self.session.in_use
 
 
 @dataclass(slots=True)
@@ -34,18 +41,22 @@ class NamedSessions:
         return len(self._named)
 
     def take(self, client: str, name: str) -> tuple[KeptSession, bool]:
-        """A client's session, and whether it is new. Raises :class:`Refused` where it is in use, or one too many."""
+        """A client's session, and whether it is new; it is the client's until :meth:`used`.
+
+        Raises :class:`Refused` where it is in use, or one too many.
+        """
         self._end_old()
         named = self._named.get((client, name))
         if named is not None:
-            if named.session.in_use:
+            if named.busy:
                 raise Refused(
                     409, f"midstream.session: {name!r} is in use", param="midstream.session", code="session_in_use"
                 )
+            named.granted = True
             return named.session, False
         own = [key for key in self._named if key[0] == client]
         if len(own) >= self.most_per_client:
-            idle = next((key for key in own if not self._named[key].session.in_use), None)
+            idle = next((key for key in own if not self._named[key].busy), None)
             if idle is None:
                 message = f"{self.most_per_client} sessions are the most for one client, and all are in use"
                 raise Refused(429, message, code="rate_limit_exceeded", retry_after=1.0)
@@ -55,9 +66,10 @@ class NamedSessions:
         return session, True
 
     def used(self, client: str, name: str) -> None:
-        """A row of the session is over: from now on it is idle."""
+        """The row for which the session was taken is over, or never began: from now on it is idle."""
         named = self._named.get((client, name))
         if named is not None:
+            named.granted = False
             named.idle_since = self.clock()
             self._named.move_to_end((client, name))
 
@@ -67,7 +79,7 @@ class NamedSessions:
         named = self._named.get((client, name))
         if named is None:
             raise Refused(404, f"there is no session {name!r}", code="not_found")
-        if named.session.in_use:
+        if named.busy:
             raise Refused(409, f"session {name!r} is in use", code="session_in_use")
         del self._named[client, name]
         self.end(named.session)
@@ -75,6 +87,6 @@ class NamedSessions:
     def _end_old(self) -> None:
         until = self.clock() - self.seconds
         for key, named in list(self._named.items()):
-            if named.idle_since <= until and not named.session.in_use:
+            if named.idle_since <= until and not named.busy:
                 del self._named[key]
                 self.end(named.session)
