@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-START = 300
+START = 900
 """Seconds after which a server that answers nothing has failed."""
 
 

@@ -64,7 +64,7 @@ def test_slow_code_of_one_row_lets_the_others_finish(engine, sandboxes, monkeypa
     async def open_slowly(self: Sessions, seed: int, history: Any) -> Any:
         if not waited:
             waited.append(False)
-            waited[0] = await asyncio.to_thread(ended.wait, 60)
+            waited[0] = await asyncio.to_thread(ended.wait, 600)
         return await open_session(self, seed, history)
 
     with Generator(engine, sampling=GREEDY, limits=Limits(150), pool=sandboxes) as generator:

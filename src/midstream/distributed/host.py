@@ -81,10 +81,10 @@ class SandboxHost:
             elif isinstance(order, Close):
                 self._close(order.session)
             else:
-                orders = self._orders.setdefault(order.session, [])
-                task = asyncio.create_task(self._carry_out(order, orders[-1] if orders else None))
-                orders.append(task)
-                task.add_done_callback(orders.remove)
+                tasks = self._orders.setdefault(order.session, [])
+                task = asyncio.create_task(self._carry_out(order, tasks[-1] if tasks else None))
+                tasks.append(task)
+                task.add_done_callback(tasks.remove)
 
     async def collect(self) -> list[News]:
         """What has come of the orders since the last call; waits until there is something."""
@@ -177,13 +177,13 @@ class SandboxHost:
         return call_tool
 
     def _close(self, name: str) -> None:
-        orders = self._orders.pop(name, [])
+        tasks = self._orders.pop(name, [])
         session = self._sessions.pop(name, None)
         self._running.pop(name, None)
         own = self._row_tools.pop(name, None)
         if own is not None:
             own[2].close()
-        for task in orders:
+        for task in tasks:
             task.cancel()
             task.add_done_callback(lambda _: self._close(name))  # it may have opened the session meanwhile
         if session is not None:
