@@ -22,6 +22,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mcp.server import Server
+from mcp.types import CallToolResult, ListToolsResult
+from mcp.types import Tool as ServersTool
 
 import midstream as ms
 from midstream.errors import ConfigurationError, ProtocolError
@@ -337,6 +339,43 @@ def test_options() -> None:
         from_mcp(server, deadline=-1)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": 3}, "name=3: must be a text"),
+        ({"only": "price"}, "only='price': must be several names"),
+        ({"only": [3]}, r"only=\[3\]: must be several names"),
+        ({"only": 3}, "only=3: must be several names"),
+        ({"prefix": 3}, "prefix=3: must be a text"),
+        ({"start_timeout": "x"}, "start_timeout='x': must be a number of seconds over 0"),
+        ({"start_timeout": 0}, "start_timeout=0: must be a number of seconds over 0"),
+        ({"bogus": 3}, "bogus=3: is no option of tools; they are .*deadline"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_the_server_is_started(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        from_mcp(["/no/such/program"], **options)
+
+
+@pytest.mark.parametrize("kind", ["hangs", "fails", "has no end"])
+def test_a_server_that_does_not_tell_its_tools_is_left(kind: str) -> None:
+    async def listed(_context: Any, _parameters: Any) -> ListToolsResult:
+        if kind == "hangs":
+            await asyncio.Event().wait()
+        if kind == "fails":
+            raise ValueError("not today")
+        return ListToolsResult(tools=[], next_cursor="more")
+
+    threads = set(threading.enumerate())
+    in_time = kind == "fails"
+    message = r"does not tell its tools \(.*MCPError" if in_time else r"\(no answer in time\)"
+    with pytest.raises(ConfigurationError, match=f"MCP server 'mute': .*{message}"):
+        from_mcp(Server("mute", on_list_tools=listed), start_timeout=LONG if in_time else 0.5)
+    assert set(threading.enumerate()) <= threads
+
+
 # --- schemas
 
 
@@ -417,8 +456,6 @@ def test_properties_that_are_allowed_without_a_name_are_keyword_arguments() -> N
 @asynccontextmanager
 async def row_of_echo(schema: dict[str, Any]) -> Any:
     """A row that has a server's tool of that schema, which gives back what the server was sent."""
-    from mcp.types import CallToolResult, ListToolsResult
-    from mcp.types import Tool as ServersTool
 
     async def listed(_context: Any, _parameters: Any) -> ListToolsResult:
         return ListToolsResult(tools=[ServersTool(name="echo", input_schema={"type": "object", **schema})])

@@ -103,8 +103,8 @@ class Tool:
             fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
             optional = value is None and option in ("concurrency", "calls_per_row")
             self._require(fits or optional, option, f"must be an integer of at least {least}")
-        self._require(_is_seconds(self.batch_window, 0), "batch_window", "must be a number of seconds of at least 0")
-        known = self.deadline is None or (_is_seconds(self.deadline, 0) and self.deadline > 0)
+        self._require(is_seconds(self.batch_window, 0), "batch_window", "must be a number of seconds of at least 0")
+        known = self.deadline is None or (is_seconds(self.deadline, 0) and self.deadline > 0)
         self._require(known, "deadline", "must be a number of seconds over 0, or None")
         kinds = self.retry_on if isinstance(self.retry_on, tuple) else ()
         fit = bool(kinds) and all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds)
@@ -322,5 +322,5 @@ def _name_of(function: Callable[..., Any]) -> str:
     return name
 
 
-def _is_seconds(value: object, least: float) -> bool:
+def is_seconds(value: object, least: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= least

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from midstream.errors import ConfigurationError
@@ -12,7 +13,7 @@ from midstream.tools.mcp.connection import Connection
 from midstream.tools.mcp.results import McpToolError, value_of
 from midstream.tools.mcp.schema import docstring, parameters, python_identifier
 from midstream.tools.mcp.servers import way_to
-from midstream.tools.tool import Tool
+from midstream.tools.tool import Tool, is_seconds
 
 __all__ = ["McpToolError", "McpTools", "from_mcp"]
 
@@ -33,7 +34,7 @@ def from_mcp(
       ``args``, ``env``, ``cwd``, or ``url``, ``headers``); or an ``MCPServer`` in this process.
     - ``name``: what the server is called in messages.
     - ``only``: take just these of its tools. ``prefix``: stands before each tool's name in Python.
-    - ``start_timeout``: seconds that reaching the server, and starting it, may take.
+    - ``start_timeout``: seconds that starting the server, reaching it, and hearing of its tools may take.
     - ``options``: of every :class:`~midstream.tools.Tool` (``deadline``, ``pure``, ``calls_per_row``, …).
 
     The server is started now, since only it knows its tools. A server that dies is started again at the next call.
@@ -46,6 +47,7 @@ def from_mcp(
     option cannot work.
     """
     known_as, connect = way_to(server)
+    _check(name, only, prefix, start_timeout, options)
     connection = Connection(name or known_as, connect, start_timeout)
     try:
         found = connection.run(connection.list_tools())
@@ -99,6 +101,26 @@ class McpTools(Sequence[Tool]):
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+_OPTIONS = {each.name for each in fields(Tool) if each.init} - {"name", "function"}
+
+
+def _check(name: object, only: Any, prefix: object, start_timeout: object, options: Mapping[str, Any]) -> None:
+    if name is not None and not isinstance(name, str):
+        raise ConfigurationError(f"name={name!r}: must be a text, or None for the server's own")
+    several = isinstance(only, Collection) and not isinstance(only, str | bytes)
+    if only is not None and not (several and all(isinstance(each, str) for each in only)):
+        raise ConfigurationError(f"only={only!r}: must be several names of tools, such as ['search'], or None for all")
+    if not isinstance(prefix, str):
+        raise ConfigurationError(f"prefix={prefix!r}: must be a text")
+    if not is_seconds(start_timeout, 0) or start_timeout == 0:
+        raise ConfigurationError(f"start_timeout={start_timeout!r}: must be a number of seconds over 0")
+    for option, value in options.items():
+        if option not in _OPTIONS:
+            raise ConfigurationError(
+                f"{option}={value!r}: is no option of tools; they are {', '.join(sorted(_OPTIONS))}"
+            )
 
 
 def _tools(

@@ -41,6 +41,7 @@ class Connection:
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"midstream-mcp-{name}", daemon=True)
         self._thread.start()
         self._opening = asyncio.Lock()
+        self._said = Said(name)
         self._client: asyncio.Future[Any] | None = None
         self._leave = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -51,15 +52,26 @@ class Connection:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def list_tools(self) -> list[Any]:
-        """All tools of the server, on the connection's loop. Raises ConfigurationError where it cannot be reached."""
+        """All tools of the server, on the connection's loop.
+
+        Raises ConfigurationError where it cannot be reached, or does not tell its tools, within ``start_timeout``.
+        """
+        began = self._loop.time()
         client = await self._connected()
         tools, cursor = [], None
-        while True:
-            page = await client.list_tools(cursor=cursor)
-            tools += page.tools
-            cursor = page.next_cursor
-            if cursor is None:
-                return tools
+        try:
+            async with asyncio.timeout_at(began + self._start_timeout):
+                while True:
+                    page = await client.list_tools(cursor=cursor)
+                    tools += page.tools
+                    cursor = page.next_cursor
+                    if cursor is None:
+                        return tools
+        except Exception as error:
+            why = "no answer in time" if isinstance(error, TimeoutError) else _innermost(error)
+            raise ConfigurationError(
+                f"MCP server {self.name!r}: does not tell its tools ({why}){self._said.tail()}"
+            ) from error
 
     async def call(self, tool: str, arguments: Mapping[str, Any]) -> Any:
         """The server's answer to one call, from any event loop.
@@ -119,15 +131,15 @@ class Connection:
                 await asyncio.shield(self._task)
             if self._task is None or self._task.done():
                 self._leave.clear()
+                self._said = Said(self.name)
                 self._client = self._loop.create_future()
-                self._task = self._loop.create_task(self._keep(self._client))
+                self._task = self._loop.create_task(self._keep(self._client, self._said))
             opened = self._client
         assert opened is not None
         return await asyncio.shield(opened)
 
-    async def _keep(self, opened: asyncio.Future[Any]) -> None:
+    async def _keep(self, opened: asyncio.Future[Any], said: Said) -> None:
         """Open the client, keep it until it is to leave, close it: all in one task, as the library asks."""
-        said = Said(self.name)
         try:
             async with said, contextlib.AsyncExitStack() as stack:
                 async with asyncio.timeout(self._start_timeout):
