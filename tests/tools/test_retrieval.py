@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -234,6 +235,32 @@ def test_documents_that_cannot_be_read_are_named(kind: str, message: str, tmp_pa
 def test_options_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         Retriever(FOUNDERS, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Documents(["a b"], passage_words=1.5), "passage_words=1.5: must be a whole number"),
+        (lambda: Documents(["a b"], suffixes="md"), "suffixes='md': must be several"),
+        (lambda: Retriever(["aa bb"], k1="x"), "k1='x': must be a number"),
+        (lambda: Retriever(["aa bb"], b=None), "b=None: must be a number"),
+        (lambda: DenseRetriever(["aa"], encode=3), "encode=3: must be a function"),
+    ],
+)
+def test_options_of_other_types_are_named(make: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        make()
+
+
+def test_no_number_of_results_is_not_the_saved_one(tmp_path: Path) -> None:
+    Retriever(["aa bb"]).save(tmp_path / "index")
+    with pytest.raises(ConfigurationError, match="num_results=0"):
+        Retriever.load(tmp_path / "index", num_results=0)
+
+
+def test_a_query_is_a_text() -> None:
+    with pytest.raises(TypeError, match="query must be a str, not int: 3"):
+        Retriever(["aa bb"])(3)  # type: ignore[arg-type]
 
 
 def test_documents_of_stop_words_alone_are_refused() -> None:

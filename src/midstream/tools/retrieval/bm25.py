@@ -83,21 +83,26 @@ class Retriever(Searcher):
         """
         folder = Path(folder)
         settings = saved_settings(folder, cls.kind)
+        count = settings["num_results"] if num_results is None else num_results
         if settings["own_tokenize"] != (tokenize is not None):
             need = "was built with a tokenize of its own: give it" if tokenize is None else "was built without one"
             raise ConfigurationError(f"tokenize: the retriever in {str(folder)!r} {need}")
         loaded = cls.__new__(cls)
-        Searcher.__init__(loaded, Documents.load(folder), num_results or settings["num_results"])
+        Searcher.__init__(loaded, Documents.load(folder), count)
         loaded.k1, loaded.b, loaded._tokenize = settings["k1"], settings["b"], tokenize
         loaded._index = _bm25s().BM25.load(str(folder / "index"), mmap=True, show_progress=False)
         return loaded
 
 
 def _check_numbers(k1: float, b: float) -> None:
-    if not 0 <= k1 < float("inf"):
-        raise ConfigurationError(f"k1={k1!r}: must be 0 or more")
-    if not 0 <= b <= 1:
-        raise ConfigurationError(f"b={b!r}: must be from 0 to 1")
+    if not _is_number(k1, 0):
+        raise ConfigurationError(f"k1={k1!r}: must be a number, 0 or more")
+    if not _is_number(b, 0) or b > 1:
+        raise ConfigurationError(f"b={b!r}: must be a number from 0 to 1")
+
+
+def _is_number(value: object, least: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < float("inf")
 
 
 def _bm25s() -> Any:

@@ -48,6 +48,9 @@ class DenseRetriever(Searcher):
     ) -> None:
         check_count("num_results", num_results)
         check_count("batch_size", batch_size)
+        for field, function in (("encode", encode), ("query_encode", query_encode or encode)):
+            if not callable(function):
+                raise ConfigurationError(f"{field}={function!r}: must be a function from texts to vectors")
         if similarity not in ("cosine", "dot"):
             raise ConfigurationError(f"similarity={similarity!r}: must be 'cosine' or 'dot'")
         super().__init__(documents if isinstance(documents, Documents) else Documents(documents), num_results)
@@ -87,8 +90,9 @@ class DenseRetriever(Searcher):
 
         folder = Path(folder)
         settings = saved_settings(folder, cls.kind)
+        count = settings["num_results"] if num_results is None else num_results
         loaded = cls.__new__(cls)
-        Searcher.__init__(loaded, Documents.load(folder), num_results or settings["num_results"])
+        Searcher.__init__(loaded, Documents.load(folder), count)
         loaded.similarity, loaded._encode = settings["similarity"], encode
         loaded._vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
         if len(loaded._vectors) != len(loaded.documents):

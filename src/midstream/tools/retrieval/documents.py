@@ -51,10 +51,14 @@ class Documents(Sequence[Passage]):
         passage_words: int | None = None,
         suffixes: Sequence[str] = TEXT_SUFFIXES,
     ) -> None:
-        if passage_words is not None and (isinstance(passage_words, bool) or passage_words < 1):
+        whole_number = isinstance(passage_words, int) and not isinstance(passage_words, bool)
+        if passage_words is not None and not (whole_number and passage_words >= 1):
             raise ConfigurationError(
-                f"passage_words={passage_words!r}: must be at least 1, or None for whole documents"
+                f"passage_words={passage_words!r}: must be a whole number, at least 1, or None for whole documents"
             )
+        several = isinstance(suffixes, Sequence) and not isinstance(suffixes, str | bytes)
+        if not several or not all(isinstance(suffix, str) for suffix in suffixes):
+            raise ConfigurationError(f"suffixes={suffixes!r}: must be several ends of names, such as ['.md']")
         whole = _read(documents, text_field, tuple(suffixes))
         self._passages: Sequence[Passage] = [
             Passage(text, passage.source) for passage in whole for text in _cut(passage.text, passage_words)

@@ -57,6 +57,9 @@ class Searcher(ABC):
         if num_results is not None:
             check_count("num_results", num_results)
         count = min(self.num_results if num_results is None else num_results, len(self.documents))
+        for query in queries:
+            if not isinstance(query, str):
+                raise TypeError(f"query must be a str, not {type(query).__name__}: {query!r:.100}")
         found = []
         for best in self._best(queries, count):
             passages = ((index, self.documents[index], score) for index, score in best)
