@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from midstream import checks
 from midstream.errors import ConfigurationError
 from midstream.records import Record, RecordWriter, Violation, verify
 from midstream.types import Trajectory
@@ -115,6 +116,9 @@ class TrajectoryBatch(Sequence[Trajectory]):
 
         if prompt_side not in ("right", "left"):
             raise ConfigurationError(f"prompt_side={prompt_side!r}: must be 'right' or 'left'")
+        pad_id = checks.integer("pad_id", pad_id)
+        length = checks.integer("length", length, 0, optional=True)
+        prompt_length = checks.integer("prompt_length", prompt_length, 0, optional=True)
         if prompt_length is not None and prompt_side == "right":
             raise ConfigurationError(f"prompt_length={prompt_length}: only with prompt_side='left'")
         unfit = [index for index, trajectory in enumerate(self) if not trajectory.fit_for_training]

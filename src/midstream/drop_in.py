@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from midstream import checks
 from midstream.engines.policy import PolicyEngine, default_pad_id
 from midstream.errors import ConfigurationError, EngineError
 from midstream.generation import Generator
@@ -51,6 +52,12 @@ def generate_with_code_and_tools(
     Raises :class:`~midstream.errors.ConfigurationError` for a batch that is not so, and whatever
     ``policy.generate`` raises.
     """
+    if not callable(getattr(policy, "generate", None)):
+        raise ConfigurationError(f"policy={policy!r}: must have a method generate(batch)")
+    checks.flag("execute_code", execute_code)
+    checks.instance("limits", limits, Limits, optional=True)
+    checks.instance("tag", tag, str)
+    checks.instance("result_tag", result_tag, str)
     chosen = None
     if execute_code:
         chosen = markup if markup is not None else Markup.tags(tag, result_tag)
@@ -85,9 +92,11 @@ def generate_with_code_and_tools(
 
 
 def _prompts(input_batch: Any, limits: Limits) -> list[Prompt]:
+    if not isinstance(input_batch, Mapping):
+        raise ConfigurationError(f"input_batch={input_batch!r}: must be a dict, or another mapping of tensors")
     for key in ("input_ids", "input_lengths"):
         if key not in input_batch:
-            raise ConfigurationError(f"input_batch: has no {key!r}; it has {sorted(input_batch)}")
+            raise ConfigurationError(f"input_batch: has no {key!r}; it has {sorted(map(str, input_batch))}")
         if not hasattr(input_batch[key], "shape"):
             raise ConfigurationError(f"input_batch.{key}: is {type(input_batch[key]).__name__}; it must be a tensor")
     input_ids, lengths = input_batch["input_ids"], input_batch["input_lengths"]
@@ -97,6 +106,8 @@ def _prompts(input_batch: Any, limits: Limits) -> list[Prompt]:
             "they must be [B, S] and [B]"
         )
     lengths = lengths.tolist()
+    if not all(type(length) is int for length in lengths):
+        raise ConfigurationError(f"input_batch.input_lengths: holds {input_batch['input_lengths'].dtype}, not integers")
     prompts = []
     stop_strings = _stop_strings(input_batch.get("stop_strings"), len(lengths))
     for index, (row, length, stops) in enumerate(zip(input_ids.tolist(), lengths, stop_strings, strict=True)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import math
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -16,6 +15,7 @@ from itertools import count
 from types import TracebackType
 from typing import Any, Self
 
+from midstream import checks
 from midstream.batch import TrajectoryBatch
 from midstream.control import Control, ForkRequest, RowName
 from midstream.delivery import RowIndex
@@ -86,19 +86,22 @@ class Generator:
         hold_sessions: float = 0.0,
         observers: Iterable[Observer] = (),
     ) -> None:
+        checks.instance("markup", markup, Markup, optional=True)
+        checks.instance("limits", limits, Limits, optional=True)
+        checks.instance("sampling", sampling, Sampling, optional=True)
+        if pool is not None and not callable(getattr(pool, "session_async", None)):
+            raise ConfigurationError(f"pool={pool!r}: must be a SandboxPool, another Pool, or None")
         self.engine = engine
         self.markup = markup
         self.limits = limits or Limits()
         self.sampling = sampling or Sampling()
-        self.seed = seed
-        if max_open_rows is not None and not (isinstance(max_open_rows, int) and max_open_rows >= 1):
-            raise ConfigurationError(f"max_open_rows={max_open_rows!r}: must be an integer of at least 1, or None")
-        if not _is_number(hold_sessions) or hold_sessions < 0:
-            raise ConfigurationError(f"hold_sessions={hold_sessions!r}: must be a number of seconds, 0 or more")
+        self.seed = checks.integer("seed", seed)
+        wanted = "must be a number of seconds, 0 or more"
+        hold_sessions = checks.number("hold_sessions", hold_sessions, lambda value: value >= 0, wanted)
         _check_sampling(engine, self.sampling)
-        self._max_open_rows = max_open_rows
+        self._max_open_rows = checks.integer("max_open_rows", max_open_rows, 1, optional=True)
         self._vocabulary = Vocabulary.of(engine.tokenizer)
-        self._observers = tuple(observers)
+        self._observers = checks.items("observers", observers, "callables")
         self._tools = ToolHost(ToolSet(tools), observers=Observers(self._observers))
         self._reward_threads = CallThreads(_MOST_REWARDS, "midstream-reward")
         self._control = Control()
@@ -286,9 +289,13 @@ class Generator:
         became of it; or the error, if none could be generated: such as a
         :class:`~midstream.errors.ProtocolError` while ``generate`` has the generator.
         """
-        if not isinstance(sample, int) or isinstance(sample, bool) or sample < 0:
-            raise ConfigurationError(f"sample={sample!r}: must be an integer of at least 0")
+        sample = checks.integer("sample", sample, 0)
+        seed = checks.integer("seed", seed, optional=True)
+        checks.instance("session", session, KeptSession, optional=True)
+        if listener is not None and not callable(listener):
+            raise ConfigurationError(f"listener={listener!r}: must be a function of a Delta, or None")
         if sampling is not None:
+            checks.instance("sampling", sampling, Sampling)
             _check_sampling(self.engine, sampling)
         if not isinstance(prompt, Trajectory):
             prompt = as_prompt(prompt)
@@ -410,8 +417,7 @@ class Generator:
         :class:`~midstream.errors.ConfigurationError` without ``replay`` unless the pool was made with
         ``SandboxPool(forkable=True)``, and ``ProtocolError`` where nothing is being generated.
         """
-        if not isinstance(n, int) or n < 1:
-            raise ConfigurationError(f"n={n!r}: must be an integer of at least 1")
+        n = checks.integer("n", n, 1)
         if not self.engine.capabilities.fork:
             raise CapabilityError(
                 "fork: this engine cannot copy rows; every engine of midstream's but PolicyEngine can"
@@ -435,8 +441,7 @@ class Generator:
     def _jobs(self, prompts: Sequence[PromptLike | Trajectory], n: int, listener: Listener | None = None) -> list[Job]:
         if self._closed:
             raise ProtocolError("this generator is closed")
-        if not isinstance(n, int) or n < 1:
-            raise ConfigurationError(f"n={n!r}: must be an integer of at least 1")
+        n = checks.integer("n", n, 1)
         named = named_prompts(prompts, media=self.engine.capabilities.media)
         return jobs_of(self._vocabulary, named, n, self._seed_of, listener)
 
@@ -453,13 +458,15 @@ class Generator:
         listener: Listener | None = None,
     ) -> Drive:
         """A batch that can be generated. Takes long where prompts are many, since each is encoded here."""
+        if reward is not None and not callable(reward):
+            raise ConfigurationError(f"reward={reward!r}: must be a function of a trajectory, or None")
         jobs = self._jobs(prompts, n, listener)
         rows = sum(job.n for job in jobs)
-        if min_finished is not None and not (isinstance(min_finished, int) and 1 <= min_finished <= rows):
+        if min_finished is not None and not (_is_count(min_finished) and 1 <= min_finished <= rows):
             raise ConfigurationError(
                 f"min_finished={min_finished!r}: must be an integer from 1 to the batch's {rows} rows, or None"
             )
-        if deadline is not None and not (_is_number(deadline) and deadline > 0):
+        if deadline is not None and not (checks.is_number(deadline) and deadline > 0):
             raise ConfigurationError(f"deadline={deadline!r}: must be a number of seconds over 0, or None")
         settings = replace(self._settings(), reward=reward, min_finished=min_finished, deadline=deadline)
         drive = Drive(self.engine, settings, self._control, self._leases, jobs)
@@ -541,5 +548,5 @@ def _release_if_failed(session: KeptSession, future: Future[Trajectory]) -> None
         session.release()
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from midstream import checks
 from midstream.errors import ConfigurationError
 from midstream.types import Call, ExecutionResult, ForkPoint, ToolAnswer, Trajectory
 
@@ -239,7 +240,7 @@ class Observers:
     """
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
-        self._observers = tuple(observers)
+        self._observers = checks.items("observers", observers, "callables")
         for observer in self._observers:
             if not callable(observer) or isinstance(observer, type):
                 raise ConfigurationError(f"observers={observer!r}: must be callables that take an observation")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,8 @@ def named_prompts(prompts: Sequence[PromptLike | Trajectory], *, media: bool) ->
     """
     if isinstance(prompts, str | Mapping | Prompt | Trajectory):
         raise ConfigurationError("prompts: must be a sequence of prompts, not one")
+    if not isinstance(prompts, Iterable):
+        raise ConfigurationError(f"prompts={prompts!r}: must be a sequence of prompts")
     named: list[Prompt | Trajectory] = []
     taken: set[str] = set()
     for place, item in enumerate(prompts):
@@ -48,7 +50,7 @@ def as_prompt(item: PromptLike) -> Prompt:
         return Prompt(text=item)
     if not isinstance(item, Mapping):
         raise PromptError(f"prompt={item!r}: must be a Prompt, a text, or a mapping of a prompt's fields")
-    unknown = sorted(set(item) - set(Prompt.__dataclass_fields__))
+    unknown = sorted(set(item) - set(Prompt.__dataclass_fields__), key=str)
     if unknown:
         known = ", ".join(Prompt.__dataclass_fields__)
         raise PromptError(f"prompt: unknown field {unknown[0]!r}; the fields are {known}")

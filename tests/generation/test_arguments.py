@@ -6,8 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from midstream import Limits, Message, Prompt, Sampling, errors
+from midstream import Generator, Limits, Message, Prompt, Sampling, SandboxPool, errors, generate_with_code_and_tools
+from tests.rollouts import scripted
+from tests.vocabularies import tokenizer
 
 
 @pytest.mark.parametrize(
@@ -98,3 +101,135 @@ def test_numbers_of_numpys_are_numbers() -> None:
     assert Sampling(np.float32(0.5), np.int32(4)) == Sampling(0.5, 4)  # type: ignore[arg-type]
     prompt: Any = Prompt(ids=np.array([1, 2]), seed=np.int64(7))
     assert (prompt.ids, prompt.seed) == ((1, 2), 7)
+
+
+# --- generators, batches and pools
+
+
+def never(*_: object, **__: object) -> Any:
+    raise AssertionError("something was done before the arguments were looked at")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"limits": 5}, "limits=5: must be Limits or None"),
+        ({"limits": {}}, "limits={}: must be Limits or None"),
+        ({"sampling": 5}, "sampling=5: must be Sampling or None"),
+        ({"markup": "<code>"}, "markup='<code>': must be Markup or None"),
+        ({"observers": 5}, "observers=5: must be a sequence of callables"),
+        ({"seed": "x"}, "seed='x': must be an integer"),
+        ({"pool": 5}, "pool=5: must be a SandboxPool, another Pool, or None"),
+        ({"max_open_rows": True}, "max_open_rows=True: must be an integer"),
+        ({"hold_sessions": "1"}, "hold_sessions='1': must be a number of seconds"),
+    ],
+)
+def test_options_of_a_generator_that_cannot_be(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(errors.ConfigurationError, match=says):
+        Generator(scripted("said"), **options)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "says"),
+    [
+        (5, {}, "prompts=5: must be a sequence of prompts"),
+        (["a"], {"n": True}, "n=True: must be an integer of at least 1"),
+        (["a"], {"reward": 5}, "reward=5: must be a function of a trajectory, or None"),
+        (["a"], {"min_finished": True}, "min_finished=True: must be an integer"),
+        ([{5: 1, "txt": "a"}], {}, "prompt: unknown field 5"),
+    ],
+)
+def test_batches_that_cannot_be(prompts: Any, options: dict[str, Any], says: str) -> None:
+    engine = scripted("said")
+    with Generator(engine, markup=None) as generator:
+        with pytest.raises(errors.ConfigurationError, match=says):
+            generator.generate(prompts, **options)
+        assert engine.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"sampling": 5}, "sampling=5: must be Sampling"),
+        ({"seed": "x"}, "seed='x': must be an integer, or None"),
+        ({"sample": 1.5}, "sample=1.5: must be an integer of at least 0"),
+        ({"session": 5}, "session=5: must be KeptSession or None"),
+        ({"listener": 5}, "listener=5: must be a function"),
+    ],
+)
+def test_submitted_rows_that_cannot_be(options: dict[str, Any], says: str) -> None:
+    with (
+        Generator(scripted("said"), markup=None) as generator,
+        pytest.raises(errors.ConfigurationError, match=says),
+    ):
+        generator.submit("a", **options)
+
+
+def test_tensors_that_cannot_be() -> None:
+    with Generator(scripted("said"), markup=None) as generator:
+        batch = generator.generate(["a"])
+    for options, says in [({"pad_id": "x"}, "pad_id='x': must be an integer"), ({"length": 9.5}, "length=9.5")]:
+        with pytest.raises(errors.ConfigurationError, match=says):
+            batch.to_tensors(**options)  # type: ignore[arg-type]
+
+
+class _Policy:
+    generate = staticmethod(never)
+
+
+IDS = {"input_ids": torch.tensor([[1, 2]]), "input_lengths": torch.tensor([2])}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"policy": 5}, r"policy=5: must have a method generate\(batch\)"),
+        ({"input_batch": None}, "input_batch=None: must be a dict"),
+        ({"input_batch": {**IDS, "input_lengths": torch.tensor([2.0])}}, "input_lengths: holds torch.float32"),
+        ({"execute_code": "no"}, "execute_code='no': must be True or False"),
+        ({"limits": {}}, "limits={}: must be Limits or None"),
+        ({"markup": "fenced"}, "markup='fenced': must be Markup or None"),
+        ({"tag": 5}, "tag=5: must be a string"),
+        ({"result_tag": 5}, "result_tag=5: must be a string"),
+        ({"pool": 5}, "pool=5: must be a SandboxPool"),
+    ],
+)
+def test_the_drop_in_refuses_what_cannot_be(options: dict[str, Any], says: str) -> None:
+    given = {"policy": _Policy(), "input_batch": IDS, "tokenizer": tokenizer("o200k"), **options}
+    with pytest.raises(errors.ConfigurationError, match=says):
+        generate_with_code_and_tools(**given)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"environment": 5}, "environment=5: must be a mapping"),
+        ({"environment": []}, r"environment=\[\]: must be a mapping"),
+        ({"readable": 5}, "readable=5: must be a sequence of paths"),
+        ({"allow_missing": 5}, "allow_missing=5: must be a sequence of names"),
+        ({"allow_missing": [[], 5]}, "allow_missing=.*the layers are"),
+        ({"preload": 5}, "preload=5: must be a sequence of module names"),
+        ({"observers": 5}, "observers=5: must be a sequence of callables"),
+    ],
+)
+def test_pools_that_cannot_be(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(errors.ConfigurationError, match=says):
+        SandboxPool(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"history": 5}, "history=5: must be a sequence of blocks"),
+        ({"history": [5]}, r"history\[0\]=5: must be a block's code and its ExecutionResult"),
+        ({"history": [("1", 5)]}, r"history\[0\]=\('1', 5\): must be a block's code"),
+        ({"tools": 5}, "tools=5: must be a mapping or a sequence of names"),
+        ({"call_tool": 5}, "call_tool=5: must be a function"),
+        ({"seed": -7}, "seed=-7: must be an integer of at least 0"),
+    ],
+)
+def test_sessions_that_cannot_be(options: dict[str, Any], says: str) -> None:
+    pool = SandboxPool()
+    pool.start = pool.start_process = never  # type: ignore[method-assign]
+    with pytest.raises(errors.ConfigurationError, match=says):
+        pool.session(**options)

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
+from midstream import checks
 from midstream.crossing import Offer
 from midstream.errors import ConfigurationError, IsolationError, ProtocolError, SandboxDied
 from midstream.observing import InterpreterStarted, Observer, Observers
@@ -91,9 +92,8 @@ class SandboxPool:
         if guardrails is not None and not isinstance(guardrails, Guardrails):
             raise ConfigurationError(f"guardrails={guardrails!r}: must be Guardrails or None")
         self._guardrails = None if guardrails is None else guardrails.as_dict()
-        _check_count("warm", warm, 0)
-        if max_sessions is not None:
-            _check_count("max_sessions", max_sessions, 1)
+        warm = checks.integer("warm", warm, 0)
+        max_sessions = checks.integer("max_sessions", max_sessions, 1, optional=True)
         if not isinstance(forkable, bool):
             raise ConfigurationError(f"forkable={forkable!r}: must be True or False")
         check_checkpoint(checkpoint, forkable)
@@ -111,7 +111,7 @@ class SandboxPool:
         self._settings = ForkServerSettings(
             limits=self.limits,
             preload=_checked_preload(preload),
-            environment=_checked_environment(environment or {}),
+            environment=_checked_environment({} if environment is None else environment),
             readable=_checked_paths(readable),
             allow_missing=_checked_layers(allow_missing),
             isolation=isolation,
@@ -147,7 +147,7 @@ class SandboxPool:
           :mod:`midstream.crossing`; for :meth:`Session.run_async` it may be a coroutine function. It returns
           the value, or a :class:`~midstream.types.ToolAnswer`. What it raises is raised in the code, as type
           name and message, except for :class:`~midstream.errors.MidstreamError`, which comes out of ``run``.
-        - ``seed``: of ``random`` and ``numpy.random``; None draws one.
+        - ``seed``: of ``random`` and ``numpy.random``, 0 or more; None draws one.
         - ``history``: blocks that ran in an earlier session, with their results. Before its first own block
           the session runs them again, with the tool results that they had; where that gives something
           else, the first result says that state was lost.
@@ -373,25 +373,20 @@ def _version(module: str) -> str:
         return ""
 
 
-def _check_count(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigurationError(f"{name}={value!r}: must be an integer of at least {least}")
-
-
 def _checked_preload(names: Sequence[str] | None) -> tuple[str, ...] | None:
     if names is None:
         return None
-    if isinstance(names, str):
-        raise ConfigurationError(f"preload={names!r}: must be a sequence of module names, not one string")
+    names = checks.items("preload", names, "module names")
     for name in names:
         if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
             raise ConfigurationError(f"preload={name!r}: must be a module's name")
         if importlib.util.find_spec(name.partition(".")[0]) is None:
             raise ConfigurationError(f"preload={name!r}: no such module is installed")
-    return tuple(names)
+    return names
 
 
 def _checked_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    checks.instance("environment", environment, Mapping)
     for name, value in environment.items():
         if not isinstance(name, str) or not name or "=" in name or "\0" in name:
             raise ConfigurationError(f"environment={name!r}: must be the name of an environment variable")
@@ -401,18 +396,16 @@ def _checked_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _checked_paths(paths: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(paths, str):
-        raise ConfigurationError(f"readable={paths!r}: must be a sequence of paths, not one string")
+    paths = checks.items("readable", paths, "paths")
     for path in paths:
         if not isinstance(path, str) or not os.path.isabs(path) or not os.path.exists(path):
             raise ConfigurationError(f"readable={path!r}: must be the absolute path of something that exists")
-    return tuple(paths)
+    return paths
 
 
 def _checked_layers(names: Collection[str]) -> frozenset[str]:
-    if isinstance(names, str):
-        raise ConfigurationError(f"allow_missing={names!r}: must be a set of names, not one string")
-    unknown = sorted(set(names) - set(LAYERS))
+    names = checks.items("allow_missing", names, "names")
+    unknown = [name for name in names if name not in LAYERS]
     if unknown:
         raise ConfigurationError(f"allow_missing={unknown}: the layers are {', '.join(LAYERS)}")
     return frozenset(names)

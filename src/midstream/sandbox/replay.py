@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from midstream import checks
+from midstream.errors import ConfigurationError
 from midstream.sandbox.conversation import ToolRequested
 from midstream.sandbox.drivers import Answered
 from midstream.types import ExecutionError, ExecutionResult, ToolCall
@@ -45,10 +47,14 @@ History = Sequence[tuple[str, ExecutionResult] | PastBlock]
 def past_blocks(history: History) -> list[PastBlock]:
     """Blocks with their results as they are remembered, without those that were undone."""
     past = []
-    for item in history:
+    for place, item in enumerate(checks.items("history", history, "blocks")):
         if isinstance(item, PastBlock):
             past.append(item)
-        elif not item[1].rolled_back:
+            continue
+        pair = isinstance(item, tuple | list) and len(item) == 2
+        if not pair or not isinstance(item[0], str) or not isinstance(item[1], ExecutionResult):
+            raise ConfigurationError(f"history[{place}]={item!r}: must be a block's code and its ExecutionResult")
+        if not item[1].rolled_back:
             past.append(PastBlock.of(item[0], item[1]))
     return past
 

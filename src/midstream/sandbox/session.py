@@ -7,10 +7,11 @@ import keyword
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from midstream import checks
 from midstream.crossing import Offer
 from midstream.errors import ConfigurationError, ProtocolError, SandboxError
 from midstream.observing import SessionRan
@@ -48,7 +49,7 @@ class Session:
     ) -> None:
         self._pool = pool
         self.tools = tool_offers(tools, call_tool)
-        self.seed = secrets.randbits(63) if seed is None else _checked_seed(seed)
+        self.seed = secrets.randbits(63) if seed is None else checks.integer("seed", seed, 0, optional=True)
         self._interpreter = Interpreter(
             pool,
             tools=self.tools,
@@ -349,8 +350,10 @@ def check_checkpoint(checkpoint: object, forkable: bool) -> None:
 
 def tool_offers(tools: Mapping[str, str | Offer] | Sequence[str], call_tool: CallTool | None) -> dict[str, Offer]:
     """What code is told of its tools, checked."""
-    if isinstance(tools, str):
+    if isinstance(tools, str) or not isinstance(tools, Iterable):
         raise ConfigurationError(f"tools={tools!r}: must be a mapping or a sequence of names, not one string")
+    if call_tool is not None and not callable(call_tool):
+        raise ConfigurationError(f"call_tool={call_tool!r}: must be a function that runs tools, or None")
     described = dict(tools) if isinstance(tools, Mapping) else dict.fromkeys(tools, "")
     offers = {}
     for name, told in described.items():
@@ -367,12 +370,6 @@ def tool_offers(tools: Mapping[str, str | Offer] | Sequence[str], call_tool: Cal
 def _check_code(name: str, code: object) -> None:
     if not isinstance(code, str):
         raise ConfigurationError(f"{name}={code!r}: must be a string")
-
-
-def _checked_seed(seed: int) -> int:
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ConfigurationError(f"seed={seed!r}: must be an integer or None")
-    return seed
 
 
 def _no_tool(name: str, _arguments: list[object], _keyword_arguments: dict[str, object]) -> object:
