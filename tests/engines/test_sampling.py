@@ -55,6 +55,26 @@ def test_greedy_rows_take_the_largest_logit_beside_rows_that_sample():
     assert ids == [logits[0].argmax().item(), 0, logits[2].argmax().item()]
 
 
+@pytest.mark.parametrize("temperature", [1e-12, 1e-30, 1e-37, 1e-40, 1e-45, 1e-50, 5e-324])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_the_limit_of_a_small_temperature_is_the_largest_logit(temperature, filters):
+    logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(1)) * 30
+    logits[2, 3] = -torch.inf
+    cold = Sampling(temperature=temperature, **filters)
+    found = filtered(logits, [cold, Sampling(0.7), cold, cold])
+    assert not found.isnan().any()
+    assert torch.equal(found[1], warped(logits[1], Sampling(0.7)))
+    for noise in (0.0, 0.5, 1 - 2**-53):
+        ids, logprobs = draw(logits, [cold, Sampling(0.7), cold, cold], [noise] * 4)
+        assert [ids[row] for row in (0, 2, 3)] == [logits[row].argmax().item() for row in (0, 2, 3)]
+        assert logprobs[0] == (logits[0].max() - logits[0].logsumexp(dim=-1)).item()
+
+
+def test_equal_logits_share_a_small_temperature():
+    ids, _ = draw(torch.tensor([[1.0, 7.0, 7.0, 2.0]] * 2), [Sampling(1e-50)] * 2, [0.25, 0.75])
+    assert ids == [1, 2]
+
+
 def test_the_draw_inverts_the_cumulative_distribution_in_vocabulary_order():
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().repeat(6, 1)
     ids, _ = draw(logits, [Sampling()] * 6, [0.05, 0.15, 0.25, 0.35, 0.65, 0.999999])

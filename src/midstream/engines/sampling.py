@@ -48,7 +48,7 @@ def filtered(logits: Tensor, settings: Sequence[Sampling]) -> Tensor:
     """
     scores = logits
     if any(setting.temperature != 1 for setting in settings):
-        scores = scores / _column(scores, [setting.temperature for setting in settings])
+        scores = _tempered(scores, [setting.temperature for setting in settings])
     if any(setting.top_k for setting in settings):
         scores = _top_k(scores, [setting.top_k for setting in settings])
     rows = [row for row, setting in enumerate(settings) if setting.top_p < 1]
@@ -58,6 +58,27 @@ def filtered(logits: Tensor, settings: Sequence[Sampling]) -> Tensor:
     if rows:
         scores = _on_rows(_min_p, scores, rows, [settings[row].min_p for row in rows])
     return scores
+
+
+def _tempered(scores: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Each row over its temperature, as the warper divides it, wherever that gives numbers.
+
+    Rows that are so cold that the quotients, or the temperature itself, may not be float32 any more are counted from
+    their largest logit, which softmax and filters are blind to: it stays at 0, and what is below it falls to -inf.
+    """
+    cold = [row for row, temperature in enumerate(temperatures) if temperature < _COLD]
+    tempered = scores / _column(scores, [max(temperature, _COLD) for temperature in temperatures])
+    if not cold:
+        return tempered
+    index = _on(scores, cold, torch.long)
+    # In float64, of which every temperature over 0 is a number.
+    below = (scores[index] - scores[index].amax(dim=-1, keepdim=True)).double()
+    below = below / _column(below, [temperatures[row] for row in cold])
+    return tempered.index_copy(0, index, below.to(scores.dtype))
+
+
+_COLD = 1e-12
+"""From here on, logits of up to 1e26 are divided without overflow."""
 
 
 def _top_k(scores: Tensor, ks: Sequence[int]) -> Tensor:
