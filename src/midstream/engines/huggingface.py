@@ -99,6 +99,8 @@ class HuggingFaceEngine(RowKeeper[EngineRow]):
             check_integer("context_length", context_length, 2)
         if max_cached_rows is not None:
             check_integer("max_cached_rows", max_cached_rows, max_batch_size)
+        if not isinstance(evict_waiting, bool):
+            raise ConfigurationError(f"evict_waiting={evict_waiting!r}: must be True or False")
         check_decoder(model)
         model.eval()
         super().__init__(
@@ -109,8 +111,6 @@ class HuggingFaceEngine(RowKeeper[EngineRow]):
             vocabulary_size=model.get_input_embeddings().weight.shape[0],
         )
         self._model = model
-        if not isinstance(evict_waiting, bool):
-            raise ConfigurationError(f"evict_waiting={evict_waiting!r}: must be True or False")
         self._max_batch_size = max_batch_size
         self._evict_waiting = evict_waiting
         self._prefill_chunk = prefill_chunk

@@ -14,9 +14,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from midstream import checks
 from midstream.engines.base import Capabilities, Handle, RowRequest, Update
 from midstream.engines.rows import RowKeeper, completes_stop_string
-from midstream.errors import CapabilityError, EngineError
+from midstream.errors import CapabilityError, ConfigurationError, EngineError, PromptError
 from midstream.types import Media
 from midstream.vocabulary import Vocabulary
 
@@ -48,7 +49,8 @@ class PolicyEngine(RowKeeper[_PolicyRow]):
     """Samples by calling ``policy.generate(batch, *args, **kwargs)`` again and again.
 
     - ``input_batch``: the batch whose kind (a plain dict, NeMo-RL's ``BatchedDataDict``) and other keys each
-      call gets. The row that is opened k-th gets the k-th entry of those keys. None: a plain dict.
+      call gets. The row that is opened k-th gets the k-th entry of those keys, and no more rows can be opened than
+      it has. None: a plain dict.
     - ``pad_id``: pads ``input_ids``; by default the tokenizer's pad id, its EOS id, or 0.
     - ``args``, ``kwargs``: of every call.
 
@@ -68,6 +70,9 @@ class PolicyEngine(RowKeeper[_PolicyRow]):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        if not callable(getattr(policy, "generate", None)):
+            raise ConfigurationError(f"policy={policy!r}: must have a method generate(batch)")
+        checks.instance("input_batch", input_batch, Mapping, optional=True)
         self._policy = policy
         self._vocabulary = Vocabulary.of(tokenizer)
         super().__init__(
@@ -94,6 +99,12 @@ class PolicyEngine(RowKeeper[_PolicyRow]):
 
     def open(self, request: RowRequest, n: int = 1) -> list[Handle]:
         self._check_open(request, n)
+        like = self._input_batch.get("input_ids")
+        if like is not None and self._opened + n > len(like):
+            raise PromptError(
+                f"input_batch: has {len(like)} rows, and {self._opened + n} were opened, each of which gets one in "
+                "order; give another PolicyEngine to another batch, and each sample a row of its own"
+            )
         handles = []
         for _ in range(n):
             row = _PolicyRow(self._next_handle(), self._opened, list(request.ids), request.stop_strings)

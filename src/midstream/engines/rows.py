@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import Any, Generic, Protocol, TypeVar
 
+from midstream import checks
 from midstream.decoding import decode
 from midstream.engines.base import Handle, RowRequest
-from midstream.errors import CapabilityError, ConfigurationError, PromptError, ProtocolError
+from midstream.errors import CapabilityError, PromptError, ProtocolError
 from midstream.types import Media
 from midstream.vocabulary import Vocabulary
 
@@ -49,8 +51,8 @@ class RowKeeper(Generic[RowT]):
     ) -> None:
         self._tokenizer = tokenizer
         self._context_length = context_length
-        self._eos_ids = frozenset(eos_ids)
-        self._weight_version = weight_version
+        self._eos_ids = checked_eos_ids(eos_ids)
+        self._weight_version: int = checks.integer("weight_version", weight_version, 0)
         self._vocabulary_size = vocabulary_size
         self._rows: dict[Handle, RowT] = {}
         self._handles = count(1)
@@ -135,6 +137,11 @@ class RowKeeper(Generic[RowT]):
         return row
 
     def _check_ids(self, name: str, ids: Sequence[int], error: type[PromptError | ProtocolError]) -> None:
+        for item in ids:
+            try:
+                operator.index(item)
+            except TypeError:
+                raise error(f"{name}: holds {item!r}; token ids are integers") from None
         size = self._vocabulary_size
         if size is None or not ids:
             return
@@ -149,8 +156,14 @@ class RowKeeper(Generic[RowT]):
 
 def check_integer(name: str, value: int, least: int) -> None:
     """Raise :class:`ConfigurationError` unless ``value`` is an integer of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigurationError(f"{name}={value!r}: must be an integer of at least {least}")
+    checks.integer(name, value, least)
+
+
+def checked_eos_ids(eos_ids: Iterable[int]) -> frozenset[int]:
+    """An engine's ids that end a sequence. Raises :class:`ConfigurationError` for what are no ids."""
+    return frozenset(
+        checks.integer("eos_ids[]", token_id, 0) for token_id in checks.items("eos_ids", eos_ids, "token ids")
+    )
 
 
 def completes_stop_string(

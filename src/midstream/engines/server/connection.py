@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from midstream import checks
 from midstream.errors import ConfigurationError
 
 AfterBreak = Literal["replay", "continue", "fail"]
@@ -54,10 +55,20 @@ class ServerConnection:
     after_break: AfterBreak = "replay"
 
     def __post_init__(self) -> None:
+        # What may be secret is told of by its kind alone.
+        if self.api_key is not None and not isinstance(self.api_key, str):
+            raise ConfigurationError(f"ServerConnection.api_key: is {_kind(self.api_key)}; must be a string or None")
+        if not isinstance(self.headers, Mapping):
+            raise ConfigurationError(f"ServerConnection.headers: is {_kind(self.headers)}; must be a mapping")
+        for header, value in self.headers.items():
+            if not isinstance(header, str) or not isinstance(value, str):
+                raise ConfigurationError(
+                    f"ServerConnection.headers[{header!r}]: is {_kind(value)}; names and values must be strings"
+                )
+        checks.instance("ServerConnection.body", self.body, Mapping)
+        checks.instance("ServerConnection.tls", self.tls, ssl.SSLContext, optional=True)
         for name, least in (("max_requests", 1), ("retries", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigurationError(f"ServerConnection.{name}={value!r}: must be an integer of at least {least}")
+            checks.integer(f"ServerConnection.{name}", getattr(self, name), least)
         for name in ("connect_timeout", "idle_timeout", "request_timeout", "give_up_after"):
             value = getattr(self, name)
             optional = name in ("idle_timeout", "request_timeout")
@@ -73,6 +84,10 @@ class ServerConnection:
         if self.after_break not in get_args(AfterBreak):
             wanted = ", ".join(map(repr, get_args(AfterBreak)))
             raise ConfigurationError(f"ServerConnection.after_break={self.after_break!r}: must be one of {wanted}")
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
 
 
 def _is_time(value: object) -> bool:

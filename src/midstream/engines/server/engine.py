@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from midstream import checks
 from midstream.engines.base import Capabilities
+from midstream.engines.rows import check_integer, checked_eos_ids
 from midstream.engines.server.asking import Asking
 from midstream.engines.server.asks import Fault, FaultKind, GaveUp, Unauthorized
 from midstream.engines.server.client import Client, base_url, warn_of_plain_key
@@ -68,6 +70,7 @@ class ServerEngine(RequestEngine):
         weight_version: int = 0,
         connection: ServerConnection | None = None,
     ) -> None:
+        checks.instance("connection", connection, ServerConnection, optional=True)
         connection = connection or ServerConnection()
         url = base_url(url)
         check_route(route)
@@ -80,7 +83,8 @@ class ServerEngine(RequestEngine):
         if context_length is not None and (not isinstance(context_length, int) or context_length < 2):
             raise ConfigurationError(f"context_length={context_length!r}: must be an integer of at least 2")
         vocabulary = Vocabulary.of(tokenizer)
-        ends = vocabulary.eos_ids if eos_ids is None else frozenset(eos_ids)
+        ends = vocabulary.eos_ids if eos_ids is None else checked_eos_ids(eos_ids)
+        check_integer("weight_version", weight_version, 0)
         warn_of_plain_key(url, connection)
         _need_client()
         link = ServerLink(partial(Client, url, connection))

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Self
 from uuid import uuid4
 
+from midstream import checks
 from midstream.engines.base import Capabilities, Handle, RowRequest, Update, sample_seed
-from midstream.engines.rows import RowKeeper
+from midstream.engines.rows import RowKeeper, checked_eos_ids
 from midstream.engines.vllm.facts import facts_of
 from midstream.engines.vllm.opening import Connection, connect, make
 from midstream.engines.vllm.rows import Delta, EngineRow
 from midstream.engines.vllm.ways import Mode, check_mode, way_of
-from midstream.errors import CapabilityError, ConfigurationError, EngineError
+from midstream.errors import CapabilityError, EngineError
 from midstream.types import Media, Sampling
 
 
@@ -58,7 +59,7 @@ class VLLMEngine(RowKeeper[EngineRow]):
         eos_ids: Iterable[int] | None = None,
         weight_version: int = 0,
     ) -> None:
-        check_mode(mode)
+        _check_options(mode, patience, stop_strings, context_length, eos_ids, weight_version)
         self._connect(
             connect(llm, tokenizer),
             mode=mode,
@@ -87,7 +88,7 @@ class VLLMEngine(RowKeeper[EngineRow]):
         ``shutdown`` ends it. Prefix caching is on, and midstream's logits processor is in it where vLLM
         allows one (not with speculative decoding).
         """
-        check_mode(mode)
+        _check_options(mode, patience, stop_strings, context_length, eos_ids, weight_version)
         engine = cls.__new__(cls)
         engine._connect(
             make(path, mode, options),
@@ -288,9 +289,25 @@ class VLLMEngine(RowKeeper[EngineRow]):
         self._way.drop(row)
 
 
+def _check_options(
+    mode: Mode,
+    patience: float,
+    stop_strings: bool,
+    context_length: int | None,
+    eos_ids: Iterable[int] | None,
+    weight_version: int,
+) -> None:
+    """What can be told before vLLM is started, which takes long."""
+    check_mode(mode)
+    checks.number("patience", patience, lambda value: value >= 0, "must be a number of seconds, 0 or more")
+    checks.flag("stop_strings", stop_strings)
+    checks.integer("context_length", context_length, 2, optional=True)
+    if eos_ids is not None:
+        checked_eos_ids(eos_ids)
+    checks.integer("weight_version", weight_version, 0)
+
+
 def _bounded(context: int, wanted: int | None) -> int:
-    if wanted is not None and (not isinstance(wanted, int) or wanted < 2):
-        raise ConfigurationError(f"context_length={wanted!r}: must be an integer of at least 2")
     return context if wanted is None else min(context, wanted)
 
 

@@ -33,8 +33,6 @@ def way_of(connection: Connection, facts: Facts, mode: Mode, *, stop_strings: bo
         return Streaming(_session_link(connection, facts), facts, Vocabulary.of(connection.tokenizer))
     if mode == "forced":
         _check_forced(connection, facts)
-        if not patience >= 0:
-            raise ConfigurationError(f"patience={patience!r}: must be seconds, 0 or more")
         return Forced(connection.link, facts, stop_strings=stop_strings, patience=patience)
     return Resubmission(connection.link, facts, stop_strings=stop_strings)
 
