@@ -59,11 +59,15 @@ def test_a_model_of_ones_own() -> None:
     assert min(plain["value"], looking["value"], plain["ratio"], looking["ratio"]) > 0
 
 
-def test_what_cannot_be_measured(tmp_path: Path) -> None:
+def test_what_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("midstream.cli.bench._figures", None)  # nothing is measured
+    (tmp_path / "file").write_text("")
     for arguments, message in [
         (["engine"], "engine: needs a model to measure; give its --model"),
         (["nothing"], "'nothing' is not one of 'sandbox', 'detection', 'engine'"),
         (["detection", "--quick", "--json", str(tmp_path)], "cannot be written (Is a directory)"),
+        (["detection", "--json", str(tmp_path / "no" / "x")], "cannot be written (No such file or directory)"),
+        (["detection", "--json", str(tmp_path / "file" / "x")], "cannot be written (Not a directory)"),
     ]:
         refused = here("bench", *arguments)
         assert refused.exit_code == 2

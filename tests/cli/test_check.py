@@ -38,9 +38,23 @@ def test_a_sound_file(tmp_path: Path) -> None:
     assert result.stderr == ""
 
 
-def test_an_empty_file_holds_nothing_wrong(tmp_path: Path) -> None:
-    result = check(write(tmp_path / "r.jsonl"))
-    assert (result.exit_code, result.stdout.split(": ", 1)[1].split(" (")[0]) == (0, "0 trajectories, all sound")
+def test_of_an_empty_file_nothing_is_said_to_be_sound(tmp_path: Path) -> None:
+    result = check(write(tmp_path / "r.jsonl", record("a")), write(tmp_path / "empty.jsonl"))
+    assert (result.exit_code, result.stdout.count("\n")) == (2, 1)
+    assert "r.jsonl: 1 trajectory, all sound" in result.stdout
+    assert "empty.jsonl: no trajectory is in it" in result.stderr
+
+
+def test_files_and_options_are_looked_at_before_a_model_is_loaded(tmp_path: Path) -> None:
+    file = str(write(tmp_path / "r.jsonl", record("a")))
+    for arguments, message in [
+        ([str(tmp_path / "none.jsonl")], "none.jsonl: cannot be read (No such file or directory)"),
+        ([str(tmp_path)], "cannot be read (Is a directory)"),
+        ([file, "--tolerance", "-1"], "--tolerance -1: must be a number of at least 0"),
+        ([file, "--tolerance", "nan"], "--tolerance nan: must be a number of at least 0"),
+    ]:
+        result = CliRunner().invoke(main, ["check", "--model", str(tmp_path / "nowhere"), *arguments])
+        assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
 
 
 def test_a_wrong_trajectory_is_named_with_rule_and_place(tmp_path: Path) -> None:

@@ -126,8 +126,11 @@ def test_a_row_that_went_on_in_another_s_session_is_not_run(file: Path, tmp_path
     assert result.exit_code == 0
 
 
-def test_bad_input_is_told_before_anything_runs(tmp_path: Path, file: Path) -> None:
+def test_bad_input_is_told_before_anything_runs(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = run(tmp_path / "missing.jsonl")
     assert (missing.exit_code, "cannot be read" in missing.stderr) == (2, True)
     limit = run(file, "--wall-time", "-1")
-    assert (limit.exit_code, "wall_time=-1.0" in limit.stderr) == (2, True)
+    assert (limit.exit_code, "--wall-time: SandboxLimits.wall_time=-1.0" in limit.stderr) == (2, True)
+    monkeypatch.setattr("midstream.cli.replay.SandboxPool", None)  # nothing is started
+    missing = run(tmp_path / "missing.jsonl")
+    assert (missing.exit_code, "missing.jsonl: cannot be read" in missing.stderr) == (2, True)

@@ -100,7 +100,7 @@ def test_prompts_that_cannot_be(no_weights: Path, tmp_path: Path, lines: list[ob
         (["--markup", "python"], "Markup.tags(start='python')"),
         (["--markup", "qwem"], "markup='qwem': no tag, and none of code, fenced, qwen"),
         (["--markup", "code+qwen"], "this tokenizer has no added token '<|im_end|>'"),
-        (["--wall-time", "0"], "SandboxLimits.wall_time=0.0"),
+        (["--wall-time", "0"], "--wall-time: SandboxLimits.wall_time=0.0"),
         (["--preload", "no_such_module"], "preload='no_such_module': no such module"),
         (["--isolation", "none"], "'--isolation'"),
         (["--dtype", "int8"], "'--dtype'"),

@@ -90,8 +90,9 @@ def test_plots(file: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "plots").iterdir())
     (tmp_path / "taken").write_text("")
-    refused = stats(str(file), "--plots", str(tmp_path / "taken"))
-    assert (refused.exit_code, "cannot be written" in refused.stderr) == (2, True)
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        refused = stats(str(tmp_path / "not looked at"), "--plots", str(folder))
+        assert (refused.exit_code, "cannot be written (Not a directory)" in refused.stderr) == (2, True)
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.sampled_from([1, 50, 90, 99, 100]))

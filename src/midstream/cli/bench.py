@@ -15,6 +15,7 @@ from rich.table import Table
 from midstream.bench import Figure, description, detection, engine, load, sandbox
 from midstream.cli.frame import command, errors_console
 from midstream.cli.model import load_engine, open_model
+from midstream.cli.options import check_writable
 from midstream.errors import ConfigurationError, RecordError
 
 NAMES = ("sandbox", "detection", "engine")
@@ -51,6 +52,8 @@ def bench_command(
     wanted = names or tuple(name for name in NAMES if name != "engine" or model is not None)
     if "engine" in wanted and model is None:
         raise ConfigurationError("engine: needs a model to measure; give its --model")
+    if json_file not in (None, "-"):
+        check_writable("--json", str(json_file))
     before = load()
     measured: dict[str, list[Figure]] = {}
     console = Console(stderr=json_file == "-", highlight=False)

@@ -12,7 +12,8 @@ import click
 
 from midstream.cli.frame import WRONG, command
 from midstream.cli.model import load_model, open_model
-from midstream.errors import ConfigurationError
+from midstream.cli.options import check_readable
+from midstream.errors import ConfigurationError, RecordError
 from midstream.records import Record, Violation, read_records, verify
 from midstream.records.store import Key
 from midstream.verifying import compare_with_model, verify_with_tokenizer
@@ -69,15 +70,23 @@ def check_command(
     """
     if model is None and (tolerance, weight_version, dtype, device) != (None, None, "auto", None):
         raise ConfigurationError("--tolerance, --weight-version, --dtype and --device are of a model; give --model too")
+    if tolerance is not None and not 0 <= tolerance < float("inf"):
+        raise ConfigurationError(f"--tolerance {tolerance:g}: must be a number of at least 0")
+    for name in files:
+        check_readable(name)
     against = None
     if model is not None:
         opened = open_model(model, dtype, device)
         against = _Model(load_model(opened), opened.tokenizer, tolerance, weight_version)
-    wrong = sum([_check_file(name, against) for name in files])
-    return WRONG if wrong else 0
+    found = [_check_file(name, against) for name in files]
+    empty = [name for name, (trajectories, _) in zip(files, found, strict=True) if not trajectories]
+    if empty:  # nothing was found to be sound
+        raise RecordError(f"{', '.join(empty)}: no trajectory is in it; give a file of records that holds some")
+    return WRONG if any(wrong for _, wrong in found) else 0
 
 
-def _check_file(name: str, against: _Model | None) -> int:
+def _check_file(name: str, against: _Model | None) -> tuple[int, int]:
+    """How many trajectories a file has, and how many of them are wrong."""
     counts: Counter[str] = Counter()
     wrong = 0
     worst = 0.0
@@ -102,8 +111,9 @@ def _check_file(name: str, against: _Model | None) -> int:
             counts["calls"] += len(record.calls)
             for segment in record.segments:
                 counts[segment.origin] += len(segment.ids)
-    click.echo(_summary(name, counts, wrong, worst if against is not None else None))
-    return wrong
+    if counts["trajectories"]:
+        click.echo(_summary(name, counts, wrong, worst if against is not None else None))
+    return counts["trajectories"], wrong
 
 
 def _compared(records: list[Record], against: _Model | None) -> Iterable[tuple[list[Violation], int, int, float, str]]:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from midstream.cli.model import ModelFiles, open_model
+from midstream.cli.options import named_options
 from midstream.cli.prompts import PromptOfFile, read_prompts
 from midstream.cli.served import Served, served_of
 from midstream.cli.tool_files import load_tools
@@ -170,10 +171,12 @@ def make_plan(options: Options) -> Plan:
         raise ConfigurationError("--tools: with --markup none there is nothing that could call them")
     pool = None
     if markup is not None and markup.runs_code:
+        with named_options(wall_time="--wall-time"):
+            bounds = SandboxLimits(wall_time=options.wall_time)
         pool = partial(
             SandboxPool,
             isolation=options.isolation,  # type: ignore[arg-type]
-            limits=SandboxLimits(wall_time=options.wall_time),
+            limits=bounds,
             preload=options.preload or None,
         )
         pool()  # refuses what cannot be; it would start when it is used

@@ -8,6 +8,7 @@ from itertools import chain
 import click
 
 from midstream.cli.frame import WRONG, command
+from midstream.cli.options import check_readable, named_options
 from midstream.records import read_records
 from midstream.replaying import RecordedPools, Replayed, replay
 from midstream.sandbox.pool import Isolation
@@ -48,8 +49,13 @@ def replay_command(
       midstream replay rollouts.jsonl
       midstream replay rollouts.jsonl --wall-time 60
     """
+    # What cannot be is refused before anything starts.
+    with named_options(wall_time="--wall-time"):
+        pools = RecordedPools(isolation=isolation, wall_time=wall_time, preload=preload or None)
+    for file in files:
+        check_readable(file)
     trajectories = blocks = different = skipped = 0
-    with RecordedPools(isolation=isolation, wall_time=wall_time, preload=preload or None) as pools:
+    with pools:
         threads = at_once or len(os.sched_getaffinity(0))
         for done in replay(chain.from_iterable(map(read_records, files)), pools, at_once=threads):
             trajectories += 1

@@ -20,6 +20,7 @@ from midstream.cli import config_file, tool_files
 from midstream.cli.frame import command, errors_console
 from midstream.cli.model import open_model
 from midstream.cli.observers import SPANS_OPTION, check_observers, start_observers
+from midstream.cli.options import check_writable, named_options
 from midstream.cli.plan import markup_of
 from midstream.cli.served import Served
 from midstream.engines.server.client import base_url
@@ -272,26 +273,36 @@ def _plan(options: _Options) -> _Plan:
             f"--host {options.host}: others can reach it, and run code here: give --api-keys, or --open to let them"
         )
     markup = markup_of(options.markup)
-    bounds = ServiceLimits(
-        rows=options.max_rows,
-        queue=options.max_queue,
-        rows_per_client=options.rows_per_client,
-        requests_per_minute=options.requests_per_minute,
-        sessions_per_client=options.sessions_per_client,
-    )
+    if options.out is not None:
+        check_writable("--out", options.out)
+    with named_options(
+        rows="--max-rows",
+        queue="--max-queue",
+        rows_per_client="--rows-per-client",
+        requests_per_minute="--requests-per-minute",
+        sessions_per_client="--sessions-per-client",
+    ):
+        bounds = ServiceLimits(
+            rows=options.max_rows,
+            queue=options.max_queue,
+            rows_per_client=options.rows_per_client,
+            requests_per_minute=options.requests_per_minute,
+            sessions_per_client=options.sessions_per_client,
+        )
     tools = tool_files.load_tools(options.tool_files)
     if options.instructions == "template" and not tools:
         raise ConfigurationError("--instructions template: there are no tools to tell of; give --tools")
     metrics = Metrics(_own_registry()) if importlib.util.find_spec("prometheus_client") is not None else None
     pool = None
     if markup is not None and markup.runs_code:
-        pool = SandboxPool(
-            isolation=options.isolation,  # type: ignore[arg-type]
-            limits=SandboxLimits(wall_time=options.wall_time),
-            preload=options.preload or None,
-            max_sessions=options.max_sessions or 2 * options.max_rows,
-            observers=() if metrics is None else (metrics,),
-        )
+        with named_options(wall_time="--wall-time", max_sessions="--max-sessions"):
+            pool = SandboxPool(
+                isolation=options.isolation,  # type: ignore[arg-type]
+                limits=SandboxLimits(wall_time=options.wall_time),
+                preload=options.preload or None,
+                max_sessions=2 * options.max_rows if options.max_sessions is None else options.max_sessions,
+                observers=() if metrics is None else (metrics,),
+            )
     return _Plan(
         options=options,
         server=Served(url, options.upstream_model, options.text_only, options.upstream_key_env),

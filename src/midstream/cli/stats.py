@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from midstream.cli.frame import command
+from midstream.cli.options import check_folder
 from midstream.errors import ConfigurationError, RecordError
 from midstream.records import read_records
 from midstream.records.statistics import Numbers, Statistics
@@ -30,6 +31,8 @@ def stats_command(files: tuple[str, ...], as_json: bool, plots: str | None) -> i
       midstream stats runs/*.jsonl --json
       midstream stats rollouts.jsonl --plots plots/
     """
+    if plots is not None:
+        check_folder("--plots", plots)
     statistics = Statistics.of(chain.from_iterable(map(read_records, files)))
     if plots is not None:
         _draw(statistics, Path(plots))
