@@ -131,6 +131,6 @@ def test_bad_input_is_told_before_anything_runs(tmp_path: Path, file: Path, monk
     assert (missing.exit_code, "cannot be read" in missing.stderr) == (2, True)
     limit = run(file, "--wall-time", "-1")
     assert (limit.exit_code, "--wall-time: SandboxLimits.wall_time=-1.0" in limit.stderr) == (2, True)
-    monkeypatch.setattr("midstream.cli.replay.SandboxPool", None)  # nothing is started
+    monkeypatch.setattr(ms.SandboxPool, "start", None)  # nothing is started
     missing = run(tmp_path / "missing.jsonl")
     assert (missing.exit_code, "missing.jsonl: cannot be read" in missing.stderr) == (2, True)

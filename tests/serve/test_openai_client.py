@@ -326,6 +326,17 @@ def test_records(serve: Serve, connect: Connect, tmp_path: Path) -> None:
     assert "key of" not in path.read_text()
 
 
+def test_a_record_says_what_had_run_in_its_session(serve: Serve, connect: Connect, tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    client = connect(serve(SAYS, record=path))
+    named = {"midstream": {"session": "s"}}
+    for options in ({}, {"extra_body": named}, {"extra_body": named}):
+        client.completions.create(model="small", prompt="Q1:", **options)  # type: ignore[call-overload]
+    blocks = [record.provenance.get("earlier_blocks", 0) for record in read_records(path)]
+    assert (blocks[0], blocks[1]) == (0, 0)
+    assert blocks[2] == len(next(read_records(path)).calls) > 0
+
+
 def test_a_rollout_is_recorded_though_its_client_has_left(serve: Serve, connect: Connect, tmp_path: Path) -> None:
     path = tmp_path / "rollouts.jsonl"
     served = serve(SAYS, record=path)

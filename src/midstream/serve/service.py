@@ -40,7 +40,7 @@ _CANCELLED_WITHIN = 10.0
 
 @dataclass(slots=True, eq=False)
 class Answering:
-    """A request whose rows are under way."""
+    """A request whose rows are under way. ``earlier_blocks``: how many other requests' ran in its session."""
 
     asked: Asked
     form: Form
@@ -49,6 +49,7 @@ class Answering:
     futures: list[Future[Trajectory]] = field(default_factory=list)
     records: list[asyncio.Task[None]] = field(default_factory=list)
     left: int = 0
+    earlier_blocks: int = 0
     _told: asyncio.Queue[tuple[int, Delta | BaseException]] = field(default_factory=asyncio.Queue)
 
     def tell(self, index: int, news: Delta | BaseException) -> None:
@@ -147,6 +148,7 @@ class Service:
             if asked.session is not None:
                 session, new = self.sessions.take(client, asked.session)
             answering = self._begin(asked, client, new)
+            answering.earlier_blocks = 0 if session is None else len(session.history)
             await self._submit(answering, session, leave)
         except BaseException:
             begun = 0 if answering is None else len(answering.futures)
@@ -265,7 +267,7 @@ class Service:
                 leave()
                 answering.left -= 1
             if isinstance(news, Delta) and news.trajectory is not None and self._record is not None:
-                answering.records.append(self._start_recording(self._record, news.trajectory))
+                answering.records.append(self._start_recording(self._record, news.trajectory, answering))
             answering.tell(index, news)
             if over:
                 self._settle(answering)
@@ -287,18 +289,21 @@ class Service:
 
     # --- records
 
-    def _start_recording(self, writer: RecordWriter, trajectory: Trajectory) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._write(writer, trajectory))
+    def _start_recording(
+        self, writer: RecordWriter, trajectory: Trajectory, answering: Answering
+    ) -> asyncio.Task[None]:
+        earlier = {"earlier_blocks": answering.earlier_blocks} if answering.earlier_blocks else {}
+        task = asyncio.create_task(self._write(writer, trajectory, earlier))
         self._records.add(task)
         task.add_done_callback(self._records.discard)
         return task
 
-    async def _write(self, writer: RecordWriter, trajectory: Trajectory) -> None:
+    async def _write(self, writer: RecordWriter, trajectory: Trajectory, earlier: dict[str, int]) -> None:
         if trajectory.stop.kind in (StopKind.CANCELLED, StopKind.PAUSED):
             return  # it is not finished, and nobody will have it
         try:
             record = self.generator.record(trajectory)
-            record = msgspec.structs.replace(record, provenance={**record.provenance, **self._provenance})
+            record = msgspec.structs.replace(record, provenance={**record.provenance, **self._provenance, **earlier})
             async with self._writing:
                 await asyncio.to_thread(writer.append, record)
         except MidstreamError:
