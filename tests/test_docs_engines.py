@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def capabilities(name: str) -> Capabilities:
     if name == "ScriptedEngine":
         return ScriptedEngine(VOCABULARY, "x").capabilities
     if name == "PolicyEngine":
-        return PolicyEngine(object(), VOCABULARY).capabilities
+        return PolicyEngine(SimpleNamespace(generate=len), VOCABULARY).capabilities
     from midstream.engines import huggingface
 
     return huggingface._CAPABILITIES

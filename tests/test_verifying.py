@@ -276,7 +276,7 @@ def test_the_command_refuses_what_cannot_be(tmp_path: Path) -> None:
     for arguments, says in [
         (["--tolerance", 0.1], "give --model too"),
         (["--model", tmp_path / "nowhere"], "there is no such folder"),
-        (["--model", DEMO, "--device", "cpu", "--tolerance", -1], "tolerance=-1"),
+        (["--model", DEMO, "--device", "cpu", "--tolerance", -1], "--tolerance -1"),
     ]:
         path = write(tmp_path / "r.jsonl", [])
         if "-1" in map(str, arguments):
