@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from midstream import Generator, KeptSession, Limits, SandboxPool, ScriptedEngine, ServerConnection
+from midstream.errors import SandboxError
 from midstream.records import read_records, verify
 from midstream.serve import ServiceLimits
 from tests.rollouts import LONG, Gate
@@ -735,6 +736,20 @@ def test_a_generator_that_was_closed_is_no_fault_of_the_client_s(serve: Serve, c
     with pytest.raises(openai.InternalServerError, match="stopping") as refused:
         connect(served).completions.create(model="small", prompt="Q1:")
     assert refused.value.status_code == 503
+    assert served.service.admission.rows == 0
+
+
+def test_a_fault_of_ours_before_the_row_begins_is_none_of_the_prompt_s(serve: Serve, connect: Connect) -> None:
+    served = serve()
+
+    def submit(*_: Any, **__: Any) -> Any:
+        raise SandboxError("the fork server is gone")
+
+    served.generator.submit = submit  # type: ignore[method-assign]
+    with pytest.raises(openai.InternalServerError, match="the server failed") as refused:
+        connect(served).completions.create(model="small", prompt="Q1:")
+    assert refused.value.status_code == 500
+    assert "fork server" not in str(refused.value)
     assert served.service.admission.rows == 0
 
 

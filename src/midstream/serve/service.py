@@ -18,7 +18,15 @@ import msgspec
 from midstream.deltas import Delta
 from midstream.engines.base import prompt_seed
 from midstream.engines.server import ServerEngine
-from midstream.errors import CapabilityError, ConfigurationError, MidstreamError, PromptError, ProtocolError
+from midstream.errors import (
+    CapabilityError,
+    ConfigurationError,
+    EngineError,
+    MidstreamError,
+    PromptError,
+    ProtocolError,
+    SandboxError,
+)
 from midstream.generation import Generator
 from midstream.jobs import KeptSession
 from midstream.records import RecordWriter
@@ -233,6 +241,11 @@ class Service:
                         future, cancelled = await _to_its_end(submit)
                 except ProtocolError as error:  # it is closed, or somebody else has it
                     raise stopping() from error
+                except (EngineError, SandboxError) as error:
+                    if isinstance(error, CapabilityError):  # what the client wants sampled, this engine cannot do
+                        raise _bad_prompt(error, chat=asked.chat) from error
+                    logger.exception("request %s: its row could not be begun", answering.form.id)
+                    raise Refused(500, "the server failed", code="server_failure") from error
                 except Exception as error:  # a chat template is a program, and refuses as it likes
                     raise _bad_prompt(error, chat=asked.chat) from error
                 answering.futures.append(future)
