@@ -54,6 +54,35 @@ async def test_sessions_that_are_being_opened_end_with_their_host() -> None:
     assert (host._sessions, host._orders) == ({}, {})
 
 
+async def test_what_is_given_up_while_it_is_copied_is_closed_before_its_copies(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other way round, they could be made in between, and stay."""
+    with RayPool(preload=[], forkable=True, start_timeout=300) as pool:
+        session = await pool.session_async()
+        await session.run_async("x = 1")
+        host = session._host
+        assert host is not None
+        given: list[Order] = []
+        order = host.order
+
+        def noted(orders: Sequence[Order], post: Any) -> None:
+            given.extend(orders)
+            if not any(isinstance(each, Fork) for each in orders):  # that one never gets there
+                order(orders, post)
+
+        monkeypatch.setattr(host, "order", noted)
+        task = asyncio.create_task(session.fork_async(2))
+        while not given:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([task])
+        (fork,) = [each for each in given if isinstance(each, Fork)]
+        assert [each.session for each in given if isinstance(each, Close)] == [fork.session, *fork.copies]
+        assert (await session.run_async("x")).text == "1"
+        session.close()
+
+
 def test_copies_that_nobody_waits_for_any_more_are_closed(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with RayPool(preload=[], forkable=True, start_timeout=300) as pool, pool.session() as session:
         session.run("x = 1")

@@ -315,8 +315,8 @@ class RaySession:
             value: _T = end.value
             return value
         except BaseException as error:
+            self._recover(error)  # first: a session that is still being copied must not be when its copies are closed
             steps.close()
-            self._recover(error)
             raise
         finally:
             self._busy.release()
@@ -339,8 +339,8 @@ class RaySession:
             value: _T = end.value
             return value
         except BaseException as error:
+            self._recover(error)  # first: a session that is still being copied must not be when its copies are closed
             steps.close()
-            self._recover(error)
             raise
         finally:
             self._busy.release()
